@@ -1,0 +1,145 @@
+"""Files that must not be lost or trusted blindly: weights (safetensors), resume state (torch), and how any file is written.
+
+A file is written beside its place, synced and renamed, so that a crash or a full disk leaves the old one. Reading verifies
+first, and unpickles nothing but tensors and plain values.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from fastvid.errors import InputError
+from fastvid.wresnet import WideResNet
+
+METHOD_PREFIX = "method."  # regressors and variances lie beside the network's own keys under this name
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, whole or not at all. Raises InputError with path and size when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
+                         "make room or choose another --out, then start again") from error
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write a .safetensors file that carries the checksum of its tensors. Returns the SHA-256 of the file, in hex."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = safetensors_bytes(tensors, {**metadata, "tensors_sha256": _checksum(tensors)})
+    write_atomic(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(state dict, metadata) of a .safetensors file, or of a .pth or .pt: a state dict, alone or under "model" or "state_dict".
+
+    Raises InputError for a file that is missing, damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no weights at {path}: check the path")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
+        if metadata.get("tensors_sha256", _checksum(tensors)) != _checksum(tensors):
+            raise InputError(f"{path}: its tensors do not match the checksum in the file: it is damaged, copy it again")
+        return tensors, metadata
+    content = load_state(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+
+
+def load_network(path: str | Path, depth: int, width: int, num_classes: int) -> WideResNet:
+    """The WideResNet of these sizes with the weights of a file, in eval mode, frozen.
+
+    Raises InputError when the file holds another architecture, or keys are missing or left over: all are named.
+    """
+    tensors, _ = load_weights(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(METHOD_PREFIX)}
+    found = _architecture(tensors)
+    if found and found != (depth, width, num_classes):
+        raise InputError(f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for {num_classes} "
+                         "was asked for: set --teacher-depth and --teacher-width, or take a teacher of this data set")
+    network = WideResNet(depth, width, num_classes)
+    own = network.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}  # of no use, and left out by older checkpoints
+    missing, unexpected = sorted(own.keys() - tensors.keys() - counters), sorted(tensors.keys() - own.keys())
+    misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unexpected or misshapen:
+        raise InputError(f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
+                         f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller")
+    network.load_state_dict(tensors, strict=False)
+    return network.eval().requires_grad_(False)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write tensors and plain values, atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict:
+    """What save_state wrote, on the CPU. Raises InputError when the file is damaged or holds more than tensors and plain values."""
+    try:
+        if zipfile.is_zipfile(path):  # else the format of torch < 1.6, which has no checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load itself does not look at the CRCs
+            if damaged:
+                raise InputError(f"{path}: entry {damaged} is damaged: copy or make the file again")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable torch file of tensors ({str(error).splitlines()[0]}): copy or make it again") from error
+
+
+def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
+    """(depth, width, classes) that the names and shapes speak of, or None."""
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("block1.layer.")}
+    first, head = tensors.get("block1.layer.0.conv1.weight"), tensors.get("fc.weight")
+    if not blocks or first is None or head is None or first.dim() != 4 or head.dim() != 2:
+        return None
+    return 6 * len(blocks) + 4, first.shape[0] // 16, head.shape[0]
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "none"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

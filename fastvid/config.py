@@ -1,0 +1,214 @@
+"""Every setting, its default and its meaning: once, here. The command line is derived from these fields, and each result holds them all.
+
+Imports neither torch nor NumPy, so that `fastvid --help` is instant.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastvid.errors import InputError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long a run lasts and how large its batches are."""
+
+    full_epochs: int
+    reduced_epochs: int
+    batch_size: int
+
+
+PROTOCOLS = {
+    "seed": Protocol(full_epochs=200, reduced_epochs=1000, batch_size=128),  # the published figure of the seed repository
+    "quick": Protocol(full_epochs=12, reduced_epochs=60, batch_size=32),  # chosen for digits on its validation split
+}
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """Softened logits (Hinton et al. 2015)."""
+
+    alpha: float = 0.9
+    """weight of the softened divergence; cross entropy keeps 1 - alpha"""
+    temperature: float = 4.0
+    """temperature of both softmaxes"""
+
+
+@dataclass(frozen=True)
+class FitNetOptions:
+    """Hints (Romero et al., ICLR 2015)."""
+
+    weight: float = 100.0
+    """weight of the mean squared error at the hint"""
+    tap: Literal["stem", "group1", "group2", "group3"] = "group2"
+    """which teacher map is the hint"""
+    schedule: Literal["joint", "two-stage"] = "joint"
+    """hint beside cross entropy, or hint first and cross entropy after"""
+    hint_share: float = 0.2
+    """two-stage: share of the epochs spent on the hint alone"""
+
+
+@dataclass(frozen=True)
+class ATOptions:
+    """Attention maps (Zagoruyko and Komodakis, ICLR 2017)."""
+
+    weight: float = 1000.0
+    """weight of the summed attention-map losses of groups 1, 2, 3"""
+
+
+@dataclass(frozen=True)
+class VIDOptions:
+    """Variational information (Ahn et al., CVPR 2019)."""
+
+    variant: Literal["paper", "repdistiller"] = "paper"
+    """regressors, taps and constants: fastvid.methods.vid.VARIANTS lists them"""
+    weight: float | None = None
+    """weight of the summed log-likelihoods; none: the variant's own"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One group of runs: one teacher, one subset, one seed, any set of methods."""
+
+    dataset: Literal["cifar10", "cifar100", "folder", "digits"] = "cifar10"
+    """which data set"""
+    data: str = "data"
+    """folder that holds the data set (digits needs none)"""
+    download: bool = False
+    """fetch missing CIFAR files through torchvision"""
+    method: tuple[str, ...] = ("student",)
+    """teacher, student, kd, fitnet, at, vid, sums such as kd+vid, or several with commas"""
+    teacher: str | None = None
+    """teacher weights: .safetensors, or .pth as RepDistiller writes it"""
+    teacher_depth: int = 40
+    """layers of the teacher's Wide ResNet, 6n+4"""
+    teacher_width: int = 2
+    """width factor of the teacher"""
+    student_depth: int = 16
+    """layers of the student's Wide ResNet, 6n+4"""
+    student_width: int = 1
+    """width factor of the student"""
+    per_class: int | None = None
+    """train on the first N images of each class; none: on all"""
+    validation_per_class: int = 0
+    """hold out the last N images of each class of that subset and evaluate on them, not on the test split"""
+    seed: int = 0
+    """of initial weights, batches and augmentation"""
+    protocol: Literal["seed", "quick"] | None = None
+    """length and batch size: seed = 200 epochs on the full set, 1000 on a reduced one; none: the data set's own"""
+    epochs: int | None = None
+    """this many epochs, whatever the protocol says"""
+    batch_size: int | None = None
+    """images per step, whatever the protocol says"""
+    learning_rate: float = 0.1
+    """of SGD; times lr_decay at each milestone"""
+    lr_decay: float = 0.2
+    """factor on the learning rate at each milestone"""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """shares of the training after which the learning rate drops"""
+    momentum: float = 0.9
+    """Nesterov momentum"""
+    weight_decay: float = 5e-4
+    """on every parameter but those that a method exempts"""
+    clip_norm: float = 0.0
+    """largest gradient norm of a student and its regressors; 0: no clipping"""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """compute type of autocast; fp16 scales the loss"""
+    evaluations: int = 50
+    """accuracies measured per run at most, evenly spread; the last epoch is always among them"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    loader: Literal["auto", "torch"] = "auto"
+    """what executes the batch plan"""
+    checkpoint_minutes: float = 5.0
+    """save the resume state this often"""
+    out: str = "runs"
+    """folder for results, weights and resume state"""
+    kd: KDOptions = field(default_factory=KDOptions)
+    fitnet: FitNetOptions = field(default_factory=FitNetOptions)
+    at: ATOptions = field(default_factory=ATOptions)
+    vid: VIDOptions = field(default_factory=VIDOptions)
+
+    def __post_init__(self) -> None:
+        _require(len(set(self.method)) == len(self.method) > 0, "method", ",".join(self.method), "one or more methods, each once")
+        for name in self.method:
+            method_parts(name)
+        for name, least in (("per_class", 1), ("validation_per_class", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1), ("evaluations", 1)):
+            value = getattr(self, name)
+            _require(value is None or value >= least, name, value, f"{least} or more")
+        for name, options in (("", self), *((group, getattr(self, group)) for group in OPTION_GROUPS)):
+            for entry in dataclasses.fields(options):
+                value = getattr(options, entry.name)
+                finite = not isinstance(value, float) or 0 <= value < float("inf")
+                _require(finite, f"{name}_{entry.name}".strip("_"), value, "a finite number that is not negative")
+        _require(all(0 < m < 1 for m in self.milestones), "milestones", self.milestones, "shares between 0 and 1")
+        _require(self.kd.temperature > 0, "kd_temperature", self.kd.temperature, "more than 0")
+        _require(self.kd.alpha <= 1, "kd_alpha", self.kd.alpha, "at most 1")
+        _require(0 < self.fitnet.hint_share < 1, "fitnet_hint_share", self.fitnet.hint_share, "a share between 0 and 1")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(method not in ("teacher", "student") for method in self.method)
+
+    def resolved(self) -> TrainConfig:
+        """The same with the protocol's choices filled in, as results record it."""
+        name = self.protocol or ("quick" if self.dataset == "digits" else "seed")
+        chosen = PROTOCOLS[name]
+        epochs = chosen.full_epochs if self.per_class is None else chosen.reduced_epochs
+        return dataclasses.replace(
+            self, protocol=name, epochs=self.epochs or epochs, batch_size=self.batch_size or chosen.batch_size)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The table: methods x fractions x seeds."""
+
+    methods: tuple[str, ...] = ("student", "kd", "fitnet", "at", "vid")
+    """rows: student, kd, fitnet, at, vid, sums such as kd+at; the teacher's is made anyway"""
+    fractions: tuple[str, ...] | None = None
+    """columns: full, or percent of each class; none: full,20,10,2, and for digits full,20,5"""
+    seeds: int = 3
+    """runs per cell, with seeds 0 .. N-1"""
+
+    def __post_init__(self) -> None:
+        _require(self.seeds >= 1, "seeds", self.seeds, "1 or more")
+        for fraction in self.fractions or ():
+            _require(_is_fraction(fraction), "fractions", ",".join(self.fractions), "full or percents between 0 and 100, such as full,20,10,2")
+
+    def fractions_of(self, dataset: str) -> tuple[str, ...]:
+        return self.fractions or (("full", "20", "5") if dataset == "digits" else ("full", "20", "10", "2"))
+
+
+OPTION_GROUPS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING)
+"""The transfer terms, by name: each has its options in TrainConfig and its class in fastvid.methods.METHODS."""
+
+CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "checkpoint_minutes", "out")
+"""Settings that say where and how a run is made, not what it is: they may differ between the runs of one table."""
+
+
+def method_parts(name: str) -> tuple[str, ...]:
+    """The transfer terms of a method: () of teacher and student, ("kd", "at") of kd+at. Raises InputError."""
+    if name in ("teacher", "student"):
+        return ()
+    parts = tuple(name.split("+"))
+    order = [part for part in OPTION_GROUPS if part in parts]
+    if list(parts) != order:
+        known = ", ".join(("teacher", "student", *OPTION_GROUPS))
+        if sorted(parts) == sorted(order):
+            raise InputError(f"unknown method {name!r}: write it {'+'.join(order)!r}")
+        raise InputError(f"unknown method {name!r}: choose from {known}, or a sum such as kd+at or kd+vid")
+    return parts
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return text == "full" or 0 < float(text) < 100
+    except ValueError:
+        return False
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise InputError(f"--{name.replace('_', '-')} is {value}, wanted {wanted}")

@@ -1,0 +1,29 @@
+"""Attention transfer (Zagoruyko and Komodakis, ICLR 2017): CE + β·Σ over the residual sums of groups 1, 2, 3."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastvid.config import ATOptions
+from fastvid.kernels import attention_transfer
+from fastvid.methods.base import Transfer
+from fastvid.wresnet import Activations, WideResNet
+
+
+class ATLoss(nn.Module):
+    """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps; channels may differ."""
+
+    def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        return sum(attention_transfer(student, teacher) for student, teacher in zip(student_maps, teacher_maps, strict=True))
+
+
+class AttentionTransfer(Transfer):
+    """β · ATLoss of the three groups."""
+
+    def __init__(self, options: ATOptions, student: WideResNet, teacher: WideResNet):
+        super().__init__()
+        self.loss, self.weight = ATLoss(), options.weight
+
+    def forward(self, student: Activations, teacher: Activations) -> Tensor:
+        return self.weight * self.loss(student.stages[1:], teacher.stages[1:])

@@ -1,0 +1,67 @@
+"""What a distillation method is made of: Transfer terms, and the Method that adds them to the cross entropy."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvid.wresnet import Activations
+
+
+class Terms(NamedTuple):
+    """The two halves of a training loss, scalars: what the labels ask for, and what the teacher asks for (0 without one)."""
+
+    task: Tensor
+    transfer: Tensor
+
+
+class Transfer(nn.Module):
+    """One weighted transfer term: `transfer(student, teacher)` -> scalar.
+
+    A subclass is built from (options, student, teacher): its options of TrainConfig and the two networks, of which it reads
+    `tap_channels`. It owns its regressors and registers every parameter.
+    """
+
+    task_weight: float | Tensor = 1.0
+    """Factor on the cross entropy while this term is in the loss."""
+
+    def forward(self, student: Activations, teacher: Activations) -> Tensor:
+        raise NotImplementedError
+
+    def begin_epoch(self, progress: float) -> None:
+        """Called before each epoch with the share of the training that is done, for terms that change with it."""
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Parameters that weight decay must leave alone."""
+        return []
+
+    def variances(self) -> dict[str, Tensor]:
+        """Learned variances per tap, [C] each; empty for methods without."""
+        return {}
+
+
+class Method(nn.Module):
+    """Cross entropy plus any number of transfer terms: `method(student, teacher, labels)` -> Terms."""
+
+    def __init__(self, transfers: dict[str, Transfer]):
+        super().__init__()
+        self.transfers = nn.ModuleDict(transfers)
+
+    def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
+        task = F.cross_entropy(student.logits.float(), labels)
+        transfer = task.new_zeros(())
+        for term in self.transfers.values():
+            task = term.task_weight * task
+            transfer = transfer + term(student, teacher)
+        return Terms(task, transfer)
+
+    def begin_epoch(self, progress: float) -> None:
+        for term in self.transfers.values():
+            term.begin_epoch(progress)
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        return [parameter for term in self.transfers.values() for parameter in term.undecayed_parameters()]
+
+    def variances(self) -> dict[str, Tensor]:
+        return {tap: values for term in self.transfers.values() for tap, values in term.variances().items()}

@@ -1,0 +1,55 @@
+"""FitNet (Romero et al., ICLR 2015): the student's map, through a regressor, shall equal the teacher's hint.
+
+Joint, as RepDistiller trains it: CE + weight·MSE. Two-stage, as the paper does: the hint alone first, then CE alone, as two
+spans of one training and one learning-rate schedule.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.config import FitNetOptions
+from fastvid.methods.base import Transfer
+from fastvid.wresnet import TAPS, Activations, WideResNet
+
+
+class FitNetLoss(nn.Module):
+    """Mean squared error between a teacher map and a 1x1 convolution with batch norm and ReLU of the student map.
+
+    student_channels, teacher_channels: of maps [B, C, H, W] that agree in B, H and W. The teacher map is one after a ReLU:
+    a regressor that ends in a ReLU cannot reach negative values. Returns a scalar, fp32.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU(inplace=True))
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.regressor(student_map).float(), teacher_map.float())
+
+
+class Hint(Transfer):
+    """weight · FitNetLoss at one tap."""
+
+    def __init__(self, options: FitNetOptions, student: WideResNet, teacher: WideResNet):
+        super().__init__()
+        self.tap = TAPS.index(options.tap)
+        self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap])
+        self.options = options
+        # tensors, so that a step recorded once follows them
+        self.register_buffer("weight", torch.tensor(options.weight), persistent=False)
+        self.register_buffer("_task_weight", torch.tensor(1.0), persistent=False)
+
+    @property
+    def task_weight(self) -> Tensor:
+        return self._task_weight
+
+    def forward(self, student: Activations, teacher: Activations) -> Tensor:
+        return self.weight * self.loss(student.activated[self.tap], teacher.activated[self.tap])
+
+    def begin_epoch(self, progress: float) -> None:
+        if self.options.schedule == "two-stage":
+            hint_alone = progress < self.options.hint_share
+            self.weight.fill_(self.options.weight if hint_alone else 0.0)
+            self._task_weight.fill_(0.0 if hint_alone else 1.0)

@@ -1,0 +1,32 @@
+"""Knowledge distillation (Hinton et al. 2015): (1 - α)·CE + α·T²·KL of the softened logits."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastvid.config import KDOptions
+from fastvid.kernels import softened_kl
+from fastvid.methods.base import Transfer
+from fastvid.wresnet import Activations, WideResNet
+
+
+class KDLoss(nn.Module):
+    """T² · KL(teacher ‖ student) of logits [B, classes] softened by the temperature T, averaged over the batch."""
+
+    def __init__(self, temperature: float = KDOptions.temperature):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return softened_kl(student_logits, teacher_logits, temperature=self.temperature)
+
+
+class SoftenedLogits(Transfer):
+    """α · KDLoss; the cross entropy keeps 1 - α."""
+
+    def __init__(self, options: KDOptions, student: WideResNet, teacher: WideResNet):
+        super().__init__()
+        self.loss = KDLoss(options.temperature)
+        self.weight, self.task_weight = options.alpha, 1 - options.alpha
+
+    def forward(self, student: Activations, teacher: Activations) -> Tensor:
+        return self.weight * self.loss(student.logits, teacher.logits)

@@ -1,0 +1,49 @@
+"""What a person sees of a run: a bar with images/s and ETA on a terminal, plain lines in a log file."""
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress over `total` images, of which `done` were seen by an earlier start."""
+
+    def __init__(self, title: str, total: int, done: int = 0, least_seconds: float = 10.0):
+        self._title, self._total, self._done, self._first = title, total, done, done
+        self._start = self._last_line = time.monotonic()
+        self._least_seconds = least_seconds
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=title, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+        else:
+            self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        if self._bar is not None:
+            self._bar.update(images)
+
+    def status(self, text: str) -> None:
+        """The newest accuracies: beside the bar, or as a line, at most every `least_seconds`."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        elif time.monotonic() - self._last_line >= self._least_seconds or self._done == self._total:
+            rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+            left = (self._total - self._done) / max(rate, 1e-9)
+            self._line(f"{100 * self._done / self._total:3.0f} %  {text}  {rate:,.0f} images/s  ETA {tqdm.format_interval(left)}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        say(f"{self._title}: {text}")
+
+
+def say(text: str) -> None:
+    """One line to the person, above the bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,129 @@
+"""What a finished run leaves behind: one JSON line. Imports neither torch nor NumPy."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvid.errors import InputError
+
+FILE = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of a learning curve."""
+
+    epoch: int
+    """epochs completed"""
+    accuracy: float
+    """top-1 in percent, on the evaluation split"""
+    task_loss: float
+    """mean of the task term over the epoch"""
+    transfer_loss: float
+    """mean of the weighted transfer term over the epoch"""
+    variances: dict[str, list[float]]
+    """per tap of VID: least, median and largest learned variance"""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One network, trained to the end."""
+
+    dataset: str
+    method: str
+    percent: float
+    """share of the training split that was used"""
+    per_class: int | None
+    """images of each class; null: all"""
+    seed: int
+    accuracy: float
+    """of the last epoch, top-1 in percent"""
+    best_accuracy: float
+    """best of the evaluated epochs: chosen on the evaluation split, so never the headline"""
+    evaluated_on: str
+    """test, or validation: a part of the training subset"""
+    train_images: int
+    steps: int
+    seconds: float
+    """of training alone, shared by the students of the group: no evaluation, no start-up"""
+    images_per_second: float
+    group: list[str]
+    """methods trained together, with one teacher forward"""
+    history: list[Evaluation]
+    weights: str
+    """file of the final weights, beside this one"""
+    weights_sha256: str
+    teacher_sha256: str | None
+    """of the teacher's weight file; null: trained without one"""
+    teacher_accuracy: float | None
+    """of that teacher on the evaluation split, in percent"""
+    config: dict
+    """the whole TrainConfig of this run"""
+    environment: dict
+    """versions and device"""
+
+    def key(self) -> tuple:
+        """What no two lines of one results file share."""
+        return self.dataset, self.method, self.per_class, self.seed
+
+
+def open_folder(path: Path) -> Path:
+    """Make `path` an output folder, or check that it is one. Raises InputError when it cannot be written or holds other things."""
+    marker = path / FILE
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not marker.exists() and any(path.iterdir()):
+            raise InputError(f"{path} holds files but no {FILE}, so it is no output folder of fastvid: give --out a new or an empty folder")
+        with open(marker, "ab"):
+            pass
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there: {error.strerror or error}; choose another --out") from error
+    return path
+
+
+def append(folder: Path, result: RunResult) -> None:
+    """Add one line to the folder's results, synced. A torn last line of a killed run is ended first, so it cannot swallow this one."""
+    path = folder / FILE
+    line = json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
+    try:
+        with open(path, "a+b") as file:
+            if file.tell() and not _ends_a_line(file):
+                file.write(b"\n")
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}; make room, then start again") from error
+
+
+def read(folder: Path) -> tuple[list[RunResult], list[str]]:
+    """(results in file order, notes on lines that could not be read). A missing file holds no results."""
+    path = folder / FILE
+    results, notes = [], []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            results.append(_parse(json.loads(line)))
+        except (ValueError, TypeError, KeyError):
+            notes.append(f"{path}, line {number}: not a whole result, skipped; its run will be made again")
+    return results, notes
+
+
+def _parse(entry: dict) -> RunResult:
+    return RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
+
+
+def _ends_a_line(file) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,161 @@
+"""One network on its way: its learner, what it has reached so far, and its files in the output folder.
+
+OUT/NAME.resume holds everything needed to go on and disappears when the run is done. OUT/NAME.safetensors holds the final
+weights, those of the method (regressors, variances) under `method.`
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import subprocess
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastvid
+from fastvid import checkpoint, results
+from fastvid.config import CIRCUMSTANCES, TrainConfig
+from fastvid.datasets import Arrays
+from fastvid.engine import Learner, evaluate
+from fastvid.errors import InputError
+from fastvid.loader import EvalLoader
+from fastvid.methods import build
+from fastvid.results import Evaluation, RunResult
+from fastvid.wresnet import WideResNet
+
+
+class Run:
+    """One method of one group; `config.method` is that method alone.
+
+    position: steps done.  seconds: of training alone.  history: the learning curve so far.
+    """
+
+    def __init__(self, config: TrainConfig, train_set: Arrays, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device):
+        (self.method,) = config.method
+        self.config, self.teacher_sha256 = config, teacher_sha256 if config.needs_teacher else None
+        self.name = f"{self.method}-{config.per_class or 'full'}-seed{config.seed}"
+        self.folder = Path(config.out)
+        self.resume_path = self.folder / f"{self.name}.resume"
+        self.normalisation = json.dumps({"mean": train_set.mean, "std": train_set.std})
+        self.learner = self._new_learner(len(train_set.class_names), teacher, device)
+        self.position, self.seconds, self.history = 0, 0.0, []
+        if self.resume_path.exists():
+            self._load()
+
+    def _new_learner(self, num_classes: int, teacher: WideResNet | None, device: torch.device) -> Learner:
+        """Initial weights depend on the seed alone, and the regressors' on the seed and the method: not on the group."""
+        config = self.config
+        depth, width = (config.teacher_depth, config.teacher_width) if self.method == "teacher" else (config.student_depth, config.student_width)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = WideResNet(depth, width, num_classes)
+            torch.manual_seed(config.seed + zlib.crc32(self.method.encode()))
+            method = build(self.method, config, network, teacher)
+        return Learner(self.method, network, method, config, device)
+
+    def evaluate(self, epoch: int, losses: tuple[float, float], loader: EvalLoader, device: torch.device) -> None:
+        """Add a point to the learning curve. `epoch`: epochs completed."""
+        accuracy = evaluate(self.learner.network, loader, device, self.config.precision)
+        variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
+        self.history.append(Evaluation(epoch, accuracy, *losses, variances))
+
+    def save(self, position: int) -> None:
+        """Write the resume state after `position` steps."""
+        self.position = position
+        history = [dataclasses.asdict(point) for point in self.history]
+        checkpoint.save_state(self.resume_path, {
+            "identity": identity(self.config), "teacher_sha256": self.teacher_sha256, "position": position, "seconds": self.seconds,
+            "history": history, "learner": self.learner.state()})
+
+    def _load(self) -> None:
+        state = checkpoint.load_state(self.resume_path)
+        remedy = "give the old settings, another --out, or delete the file"
+        try:
+            _require_same(state["identity"], identity(self.config), self.resume_path, remedy)
+            if state["teacher_sha256"] != self.teacher_sha256:
+                raise InputError(f"{self.resume_path} was made with another teacher: {remedy}")
+            self.learner.load_state(state["learner"])
+            self.position, self.seconds = state["position"], state["seconds"]
+            self.history = [Evaluation(**point) for point in state["history"]]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{self.resume_path} is no resume state of this version ({error}): delete it") from error
+
+    def finish(self, group: list[Run], images: int, percent: float, evaluated_on: str, teacher_accuracy: float | None, device: torch.device) -> RunResult:
+        """Write the final weights and the result, then drop the resume state. `images`: of the training subset."""
+        config, last = self.config, self.history[-1]
+        learner = self.learner
+        tensors = dict(learner.network.state_dict())
+        tensors |= {checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()}
+        weights = self.folder / f"{self.name}.safetensors"
+        weights_sha256 = checkpoint.save_weights(weights, tensors, {
+            "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset, "normalisation": self.normalisation,
+            "accuracy": f"{last.accuracy:.2f} on {evaluated_on}", "config": json.dumps(dataclasses.asdict(config))})
+        result = RunResult(
+            dataset=config.dataset, method=self.method, percent=percent, per_class=config.per_class, seed=config.seed,
+            accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=evaluated_on,
+            train_images=images, steps=self.position, seconds=self.seconds, images_per_second=images * config.epochs / self.seconds,
+            group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
+            teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
+            config=json.loads(json.dumps(dataclasses.asdict(config))), environment=environment(device))
+        results.append(self.folder, result)
+        self.resume_path.unlink(missing_ok=True)
+        return result
+
+
+def find_finished(config: TrainConfig, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:
+    """Those of `found` that are runs of `config`, by method. Raises InputError when any does not belong into one table with them."""
+    finished = {}
+    for result in found:
+        same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
+        remedy = "give the old settings or another --out"
+        _require_same(result.config, identity(same_run), Path(config.out) / results.FILE, remedy)
+        if teacher_sha256 and result.teacher_sha256 not in (None, teacher_sha256):
+            raise InputError(f"{config.out} holds results of another teacher (SHA-256 {result.teacher_sha256[:12]}, now "
+                             f"{teacher_sha256[:12]}): give the old teacher or another --out")
+        if (result.per_class, result.seed) == (config.per_class, config.seed):
+            finished[result.method] = result
+    return finished
+
+
+def identity(config: TrainConfig) -> dict:
+    """The settings that make a run what it is, as JSON gives them back."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config.resolved())))
+    return {name: value for name, value in settings.items() if name not in CIRCUMSTANCES}
+
+
+def _require_same(recorded: dict, wanted: dict, path: Path, remedy: str) -> None:
+    for name, value in wanted.items():
+        if recorded.get(name) != value:
+            raise InputError(f"{path} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}")
+
+
+@cache
+def environment(device: torch.device) -> dict:
+    """What a number depends on beside the settings."""
+    on_gpu = device.type == "cuda"
+    return {
+        "fastvid": fastvid.__version__, "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "threads": torch.get_num_threads(), "platform": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, marked when files differ from it; None outside a checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

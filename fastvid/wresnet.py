@@ -1,0 +1,110 @@
+"""Wide ResNets for 32x32 images, with the four taps that distillation looks at.
+
+Zagoruyko and Komodakis 2016, CIFAR form, pre-activation, no dropout. State-dict names are those of the public checkpoints
+(WideResNet-pytorch, RepDistiller), so these load directly.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvid.errors import InputError
+
+TAPS = ("stem", "group1", "group2", "group3")
+
+
+class Activations(NamedTuple):
+    """What a forward pass leaves.
+
+    stages: the residual sums after stem and groups 1, 2, 3: [B, 16, 32, 32], [B, 16k, 32, 32], [B, 32k, 16, 16], [B, 64k, 8, 8].
+    activated: the same four after the batch norm and ReLU that follow them anyway.  logits: [B, classes].
+    """
+
+    stages: tuple[Tensor, Tensor, Tensor, Tensor]
+    activated: tuple[Tensor, Tensor, Tensor, Tensor]
+    logits: Tensor
+
+
+def channels(width: int) -> tuple[int, int, int, int]:
+    """Channels of the four taps of a network of this width."""
+    return 16, 16 * width, 32 * width, 64 * width
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width: `WideResNet(16, 1)(images)` -> Activations.
+
+    depth: 6n + 4 with n >= 1.  width: 1 or more.  images: [B, 3, H, W], normalised; 32x32 gives the shapes of Activations.
+    Raises InputError for another depth or width.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int = 10):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise InputError(f"no Wide ResNet has depth {depth}: choose 6n + 4, such as 10, 16, 22, 28 or 40")
+        if width < 1 or num_classes < 1:
+            raise InputError(f"a Wide ResNet needs a width and a number of classes of 1 or more, got {width} and {num_classes}")
+        self.depth, self.width, self.num_classes = depth, width, num_classes
+        stem, *groups = self.tap_channels = channels(width)
+        blocks = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.block1 = _Group(blocks, stem, groups[0], stride=1)
+        self.block2 = _Group(blocks, groups[0], groups[1], stride=2)
+        self.block3 = _Group(blocks, groups[1], groups[2], stride=2)
+        self.bn1 = nn.BatchNorm2d(groups[2])
+        self.fc = nn.Linear(groups[2], num_classes)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Activations:
+        stem = self.conv1(images)
+        group1, stem_activated = self.block1(stem)
+        group2, group1_activated = self.block2(group1)
+        group3, group2_activated = self.block3(group2)
+        group3_activated = F.relu(self.bn1(group3), inplace=True)
+        logits = self.fc(group3_activated.mean(dim=(2, 3)))
+        return Activations(
+            (stem, group1, group2, group3), (stem_activated, group1_activated, group2_activated, group3_activated), logits)
+
+
+class _Group(nn.Module):
+    """Blocks of one resolution. Returns their residual sum, and the group's input after its first batch norm and ReLU."""
+
+    def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.layer = nn.Sequential(*(
+            _Block(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1) for i in range(blocks)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, *others = self.layer
+        x, activated = first(x)
+        for block in others:
+            x, _ = block(x)
+        return x, activated
+
+
+class _Block(nn.Module):
+    """a = ReLU(BN1(x)), then Conv2(ReLU(BN2(Conv1(a)))) + shortcut; the shortcut is a 1x1 convolution of a where the width
+    or the resolution changes, else x. The ReLUs overwrite what a batch norm has just written, and nothing else."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        activated = F.relu(self.bn1(x), inplace=True)
+        y = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
+        shortcut = self.convShortcut(activated) if hasattr(self, "convShortcut") else x
+        return y + shortcut, activated
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # He et al. 2015
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

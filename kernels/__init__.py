@@ -1,0 +1,10 @@
+"""The losses of distillation as functions of tensors, usable without the rest of fastvid.
+
+Feature maps are [B, C, H, W], best channels-last; every loss is a scalar in fp32 (fp64 for fp64 input).
+"""
+from fastvid.kernels import reference
+from fastvid.kernels.attention import attention_transfer
+from fastvid.kernels.kd import softened_kl
+from fastvid.kernels.vid import projected_vid_nll, vid_nll
+
+__all__ = ["attention_transfer", "projected_vid_nll", "reference", "softened_kl", "vid_nll"]

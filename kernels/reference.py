@@ -1,0 +1,54 @@
+"""The losses as equations in plain PyTorch: pure, any dtype, any device. Everything faster is checked against these.
+
+B images, C channels, H x W positions, M = B·H·W.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """-log q(target | mean) of a Gaussian with one variance per channel, averaged over all elements, without ½·log 2π.
+
+        1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],   S_c = Σ_m (target - mean)²,   v = softplus(raw_scale) + eps
+
+    mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019, eq. 5 and 6.
+    """
+    variance = F.softplus(raw_scale) + eps
+    squares = (target - mean).square().sum(dim=(0, 2, 3))
+    rows = mean.numel() // mean.shape[1]
+    return 0.5 * (squares / variance + rows * variance.log()).sum() / mean.numel()
+
+
+def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """vid_nll of a 1x1 convolution: the mean is weight · hidden + bias at every position.
+
+    hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].
+    """
+    return vid_nll(F.conv2d(hidden, weight, bias), target, raw_scale, eps=eps)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two attention maps, over images and positions.
+
+        1/(B·H·W) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over H·W,   A = mean over channels of x²
+
+    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, eq. 2, with the mean
+    square and the squared norm of their code.
+    """
+    return (attention_map(student) - attention_map(teacher)).square().mean()
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H·W], L2-normalised; all zeros where the map is zero."""
+    return F.normalize(features.square().mean(dim=1).flatten(1), dim=1)
+
+
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """T² · KL(p_teacher ‖ p_student) at temperature T, summed over classes, averaged over the batch.
+
+    student_logits, teacher_logits: [B, classes].  Source: Hinton et al. 2015, section 2.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum() / student_logits.shape[0]
