@@ -1,13 +1,8 @@
-"""Files that must not be lost or trusted blindly: weights (safetensors), resume state (torch), and how any file is written.
-
-A file is written beside its place, synced and renamed, so that a crash or a full disk leaves the old one. Reading verifies
-first, and unpickles nothing but tensors and plain values.
-"""
+"""Weights (safetensors) and resume state (torch). Reading verifies first, and unpickles nothing but tensors and plain values."""
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -18,29 +13,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fastvid.errors import InputError
+from fastvid.files import write_atomic
 from fastvid.wresnet import WideResNet
 
 METHOD_PREFIX = "method."  # regressors and variances lie beside the network's own keys under this name
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, whole or not at all. Raises InputError with path and size when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
-                         "make room or choose another --out, then start again") from error
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -1,0 +1,52 @@
+"""What this machine has: versions, device, which loader and which losses would run, which data was found."""
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+import fastvid
+from fastvid import datasets
+from fastvid.engine import choose_device
+from fastvid.errors import InputError
+from fastvid.loader import choose_backend
+
+PACKAGES = {  # what each is for
+    "torch": "training", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download", "pillow": "--dataset folder",
+    "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
+}
+
+
+def doctor(data: str) -> str:
+    """The report as lines of text. `data`: the folder in which data sets are looked for."""
+    device = choose_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
+    lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", f"device    {name}",
+             f"loader    {choose_backend('auto')}", "losses    reference (plain PyTorch)", "", "packages"]
+    lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
+    lines += ["", f"data under {data}"]
+    lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _state(dataset: str, data: str) -> str:
+    """Whether the data set can be loaded: it is loaded, so damage shows."""
+    if not datasets.located(dataset, data):
+        return "not found"
+    if dataset == "folder":
+        return "train/ and test/ found"  # decoding every image may take minutes
+    if dataset == "digits" and not find_spec("sklearn"):
+        return "embedded in scikit-learn, which is not installed: pip install 'fastvid-distill[demo]'"
+    try:
+        return f"{len(datasets.load(dataset, data, 'train')):,} training and {len(datasets.load(dataset, data, 'test')):,} test images"
+    except InputError as error:
+        return str(error)

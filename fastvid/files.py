@@ -1,0 +1,27 @@
+"""How a file that must not be lost is written: beside its place, synced, renamed. A crash or a full disk leaves the old one."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastvid.errors import InputError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, whole or not at all. Raises InputError with path and size when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
+                         "make room or choose another --out, then start again") from error
