@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> list[RunResult]:
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
     runs = [Run(one, data.train, teacher, teacher_sha256, device) for one in waiting]
-    known = next((r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == data.evaluated_on), None)
+    known = next((r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == data.evaluated_on == "test"), None)
     for position in sorted({run.position for run in runs}):  # one group, unless a method joins interrupted ones
         group = [run for run in runs if run.position == position]
         train_group(group, config, data, teacher, device)

@@ -1,0 +1,47 @@
+"""From the JSON lines of an output folder to table.md, table.csv, curves.png and accuracy.png."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvid import results, table
+from fastvid.errors import InputError
+from fastvid.files import write_atomic
+from fastvid.results import RunResult
+
+
+def report(folder: Path) -> str:
+    """Write table.md, table.csv and the plots into `folder`; returns what the command line prints: the tables, the paths, remarks.
+
+    Raises InputError when there is nothing to report or the files cannot be written.
+    """
+    found, remarks = _read(folder)
+    sections = table.sections(found)
+    markdown = "\n".join(table.markdown(section) for section in sections)
+    files = {"table.md": markdown.encode(), "table.csv": table.as_csv(sections).encode()}
+    try:
+        import matplotlib  # noqa: F401  optional
+    except ImportError:
+        remarks = ["no plots: pip install 'fastvid-distill[plot]'", *remarks]
+    else:
+        from fastvid import plots
+
+        for section in sections:
+            suffix = f"-{section.dataset}-{section.evaluated_on}" if len(sections) > 1 else ""
+            files[f"curves{suffix}.png"] = plots.curves(section)
+            files[f"accuracy{suffix}.png"] = plots.bars(section)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return "\n".join([markdown, *(f"wrote {folder / name}" for name in files), *remarks])
+
+
+def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
+    remedy = "give the --out folder of `fastvid train` or `fastvid reproduce`"
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}: {remedy}")
+    if not (folder / results.FILE).is_file():
+        raise InputError(f"{folder} holds no {results.FILE}, so it is no output folder of fastvid: {remedy}")
+    found, remarks = results.read(folder)
+    if not found:
+        unreadable = f", only {len(remarks)} unreadable line(s)" if remarks else ""
+        raise InputError(f"{folder / results.FILE} holds no finished result yet{unreadable}: let a run finish, then report again")
+    return found, remarks
