@@ -47,7 +47,7 @@ class Arrays:
 
     def holdout(self, per_class: int) -> tuple[Arrays, Arrays]:
         """(all but the last `per_class` images of each class, those last images): a validation split."""
-        self._require_class_size(per_class + 1)
+        self._require_class_size(per_class, spare=1)
         last = self._rank_in_class() >= self.class_sizes()[self.labels] - per_class
         return self._where(~last), self._where(last)
 
@@ -60,11 +60,11 @@ class Arrays:
     def _where(self, chosen: np.ndarray) -> Arrays:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
-    def _require_class_size(self, wanted: int) -> None:
+    def _require_class_size(self, wanted: int, spare: int = 0) -> None:
         sizes = self.class_sizes()
-        if wanted > sizes.min():
-            name = self.class_names[int(sizes.argmin())]
-            raise InputError(f"{wanted} images per class were asked for, but class {name!r} has {sizes.min()}: take at most {sizes.min()}")
+        if wanted + spare > sizes.min():
+            name, size = self.class_names[int(sizes.argmin())], sizes.min()
+            raise InputError(f"{wanted} images per class were asked for, but class {name!r} has {size}: take at most {size - spare}")
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _unpickle(path: Path, md5: str) -> dict:
 def _download(spec: _Cifar, root: Path) -> None:
     try:
         import torchvision
-    except ImportError as error:
-        raise InputError("--download needs torchvision: pip install torchvision") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        raise InputError("--download needs torchvision, the one that fits this torch: pip install torchvision") from error
     try:
         getattr(torchvision.datasets, spec.torchvision_class)(str(root), download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
@@ -196,7 +196,7 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]
     """The image files of folder/CLASS/ with their labels, classes and files in alphabetical order."""
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: --dataset folder wants DATA/train/CLASS/*.png|jpg and DATA/test/CLASS/*.png|jpg")
-    class_names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    class_names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
     if len(class_names) < 2:
         raise InputError(f"{folder} holds {len(class_names)} class folders, wanted two or more: {folder.name}/CLASS/*.png|jpg")
     files = []
@@ -216,9 +216,11 @@ def _read_image(path: Path) -> np.ndarray:
         raise InputError("--dataset folder needs Pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow reports damage as any of these
-        raise InputError(f"{path}: not a readable image ({error}): replace or remove it") from error
+        raise InputError(f"{path}: not a readable image: replace or remove it") from error
     if image.size != (SIZE, SIZE):
         image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
     return np.asarray(image)
@@ -232,7 +234,7 @@ def _load_digits(split: str) -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise InputError("--dataset digits needs scikit-learn: pip install 'fastvid-distill[demo]'") from error
+        raise InputError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     whole = Arrays(np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64), tuple("0123456789"), (0, 0, 0), (1, 1, 1))

@@ -45,7 +45,7 @@ def _state(dataset: str, data: str) -> str:
     if dataset == "folder":
         return "train/ and test/ found"  # decoding every image may take minutes
     if dataset == "digits" and not find_spec("sklearn"):
-        return "embedded in scikit-learn, which is not installed: pip install 'fastvid-distill[demo]'"
+        return "embedded in scikit-learn, which is not installed: pip install scikit-learn"
     try:
         return f"{len(datasets.load(dataset, data, 'train')):,} training and {len(datasets.load(dataset, data, 'test')):,} test images"
     except InputError as error:

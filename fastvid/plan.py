@@ -50,7 +50,7 @@ class BatchPlan:
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
         start = step * self.batch_size
         mine = slice(start + self.rank, min(start + self.batch_size, self.num_images), self.world_size)
-        return Plan(*(values[mine] for values in self._epoch(epoch)))
+        return Plan(*(values[mine].copy() for values in self._epoch(epoch)))
 
     def _draw(self, epoch: int) -> Plan:
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)))

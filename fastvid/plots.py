@@ -5,6 +5,7 @@ import io
 import math
 from statistics import mean, stdev
 
+from fastvid.results import RunResult
 from fastvid.table import Section, column_title, short_name, subset_size
 
 COLOURS = {  # Okabe and Ito's, which colour-blind people can tell apart, without their yellow, which is faint on white

@@ -2,9 +2,9 @@
 
 Feature maps are [B, C, H, W], best channels-last; every loss is a scalar in fp32 (fp64 for fp64 input).
 """
-from fastvid.kernels import reference
+from fastvid.kernels import checks, reference
 from fastvid.kernels.attention import attention_transfer
 from fastvid.kernels.kd import softened_kl
 from fastvid.kernels.vid import projected_vid_nll, vid_nll
 
-__all__ = ["attention_transfer", "projected_vid_nll", "reference", "softened_kl", "vid_nll"]
+__all__ = ["attention_transfer", "checks", "projected_vid_nll", "reference", "softened_kl", "vid_nll"]

@@ -1,4 +1,6 @@
 """The rules that every loss checks at its border, and the one rule that chooses an implementation."""
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,13 @@ def shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
     """`tensor` has exactly the wanted shape."""
     if tuple(tensor.shape) != wanted:
         raise ValueError(f"{op} wants `{name}` of shape {wanted}, but it is {describe(tensor)}")
+
+
+def pairs(op: str, **lists: Sequence) -> None:
+    """Two lists of one entry per tap, equally long and not empty."""
+    (student, students), (teacher, teachers) = lists.items()
+    if len(students) != len(teachers) or not students:
+        raise ValueError(f"{op} wants one entry per tap in both lists, but `{student}` has {len(students)} and `{teacher}` has {len(teachers)}")
 
 
 def describe(tensor: Tensor) -> str:

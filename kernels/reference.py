@@ -2,7 +2,6 @@
 
 B images, C channels, H x W positions, M = B·H·W.
 """
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -34,4 +34,7 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     checks.choose("projected_vid_nll", impl)
     checks.maps("projected_vid_nll", hidden=hidden, target=target)
     checks.shape("projected_vid_nll", "weight", weight, (target.shape[1], hidden.shape[1], 1, 1))
+    checks.shape("projected_vid_nll", "raw_scale", raw_scale, (target.shape[1],))
+    if bias is not None:
+        checks.shape("projected_vid_nll", "bias", bias, (target.shape[1],))
     return vid_nll(F.conv2d(hidden, weight, bias), target, raw_scale, eps=eps, impl=impl)

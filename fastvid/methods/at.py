@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastvid.config import ATOptions
-from fastvid.kernels import attention_transfer
+from fastvid.kernels import attention_transfer, checks
 from fastvid.methods.base import Transfer
 from fastvid.wresnet import Activations, WideResNet
 
@@ -15,7 +15,8 @@ class ATLoss(nn.Module):
     """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps; channels may differ."""
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-        return sum(attention_transfer(student, teacher) for student, teacher in zip(student_maps, teacher_maps, strict=True))
+        checks.pairs("ATLoss", student_maps=student_maps, teacher_maps=teacher_maps)
+        return sum(attention_transfer(student, teacher) for student, teacher in zip(student_maps, teacher_maps))
 
 
 class AttentionTransfer(Transfer):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
+from fastvid.kernels import checks
 from fastvid.methods.base import Transfer
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
@@ -18,6 +19,7 @@ class FitNetLoss(nn.Module):
 
     student_channels, teacher_channels: of maps [B, C, H, W] that agree in B, H and W. The teacher map is one after a ReLU:
     a regressor that ends in a ReLU cannot reach negative values. Returns a scalar, fp32.
+    Raises ValueError on shapes that do not fit.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int):
@@ -26,7 +28,10 @@ class FitNetLoss(nn.Module):
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU(inplace=True))
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        return nn.functional.mse_loss(self.regressor(student_map).float(), teacher_map.float())
+        checks.maps("FitNetLoss", student_map=student_map, teacher_map=teacher_map)
+        prediction = self.regressor(student_map)
+        checks.shape("FitNetLoss", "teacher_map", teacher_map, tuple(prediction.shape))
+        return nn.functional.mse_loss(prediction.float(), teacher_map.float())
 
 
 class Hint(Transfer):

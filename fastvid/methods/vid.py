@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.config import VIDOptions
-from fastvid.kernels import projected_vid_nll
+from fastvid.kernels import checks, projected_vid_nll
 from fastvid.methods.base import Transfer
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
@@ -59,14 +59,16 @@ class VIDLoss(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"VIDLoss has no variant {variant!r}: choose from {', '.join(VARIANTS)}")
+        checks.pairs("VIDLoss", student_channels=student_channels, teacher_channels=teacher_channels)
         chosen = VARIANTS[variant]
         self.eps = chosen.eps
         self.regressors = nn.ModuleList(
-            _Regressor(s, t, t * chosen.hidden_multiple, chosen.batch_norm) for s, t in zip(student_channels, teacher_channels, strict=True))
+            _Regressor(s, t, t * chosen.hidden_multiple, chosen.batch_norm) for s, t in zip(student_channels, teacher_channels))
         raw = math.log(math.expm1(chosen.initial_variance - chosen.eps))  # the inverse of softplus
         self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), raw)) for t in teacher_channels)
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        checks.pairs("VIDLoss", student_maps=student_maps, teacher_maps=teacher_maps)
         return sum(
             projected_vid_nll(regressor.hidden(s), regressor.last.weight, regressor.last.bias, t, raw_scale, eps=self.eps)
             for regressor, raw_scale, s, t in zip(self.regressors, self.raw_scales, student_maps, teacher_maps, strict=True))
