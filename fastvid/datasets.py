@@ -170,7 +170,7 @@ def _download(spec: _Cifar, root: Path) -> None:
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
-        raise InputError("--download needs torchvision, the one that fits this torch: pip install torchvision") from error
+        raise InputError("--download needs torchvision: pip install torchvision (the release that fits this torch)") from error
     try:
         getattr(torchvision.datasets, spec.torchvision_class)(str(root), download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors

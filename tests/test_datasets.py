@@ -218,7 +218,7 @@ def test_other_pixel_formats_become_rgb(image, expected, folder):
 def test_a_damaged_image_is_named_with_the_remedy(file, damage, folder):
     path = folder / "train" / file
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"{file}: not a readable image .*: replace or remove it"):
+    with pytest.raises(InputError, match=rf"{file}: not a readable image: replace or remove it"):
         datasets.load("folder", folder, "train")
 
 
