@@ -143,9 +143,7 @@ class TrainConfig:
     vid: VIDOptions = field(default_factory=VIDOptions)
 
     def __post_init__(self) -> None:
-        _require(len(set(self.method)) == len(self.method) > 0, "method", ",".join(self.method), "one or more methods, each once")
-        for name in self.method:
-            method_parts(name)
+        _require_methods("method", self.method)
         for name, least in (("per_class", 1), ("validation_per_class", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1), ("evaluations", 1)):
             value = getattr(self, name)
             _require(value is None or value >= least, name, value, f"{least} or more")
@@ -178,16 +176,18 @@ class Grid:
     """The table: methods x fractions x seeds."""
 
     methods: tuple[str, ...] = ("student", "kd", "fitnet", "at", "vid")
-    """rows: student, kd, fitnet, at, vid, sums such as kd+at; the teacher's is made anyway"""
+    """rows: teacher, student, kd, fitnet, at, vid, sums such as kd+at; without --teacher, the teacher that they need is added"""
     fractions: tuple[str, ...] | None = None
     """columns: full, or percent of each class; none: full,20,10,2, and for digits full,10,5"""
     seeds: int = 3
     """runs per cell, with seeds 0 .. N-1"""
 
     def __post_init__(self) -> None:
+        _require_methods("methods", self.methods)
         _require(self.seeds >= 1, "seeds", self.seeds, "1 or more")
-        for fraction in self.fractions or ():
-            _require(_is_fraction(fraction), "fractions", ",".join(self.fractions), "full or percents between 0 and 100, such as full,20,10,2")
+        fractions = self.fractions or ()
+        valid = all(map(_is_fraction, fractions)) and len(set(fractions)) == len(fractions)
+        _require(valid, "fractions", ",".join(fractions), "full or percents between 0 and 100, each once, such as full,20,10,2")
 
     def fractions_of(self, dataset: str) -> tuple[str, ...]:
         return self.fractions or (("full", "10", "5") if dataset == "digits" else ("full", "20", "10", "2"))
@@ -212,6 +212,12 @@ def method_parts(name: str) -> tuple[str, ...]:
             raise InputError(f"unknown method {name!r}: write it {'+'.join(order)!r}")
         raise InputError(f"unknown method {name!r}: choose from {known}, or a sum such as kd+at or kd+vid")
     return parts
+
+
+def _require_methods(name: str, methods: tuple[str, ...]) -> None:
+    _require(len(set(methods)) == len(methods) > 0, name, ",".join(methods), "one or more methods, each once")
+    for method in methods:
+        method_parts(method)
 
 
 def _is_fraction(text: str) -> bool:

@@ -1,34 +1,37 @@
-"""The whole table: a teacher, then every method on every fraction with every seed. Finished runs are skipped, so it can be stopped and started."""
+"""The whole table: a teacher, then every method on every fraction with every seed.
+
+Finished runs are skipped, so it can be stopped and started again.
+"""
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from fastvid import datasets
 from fastvid.config import Grid, TrainConfig, method_parts
 from fastvid.errors import InputError
-from fastvid.train import train
+from fastvid.train import load_data, load_split, train
 
 
 def reproduce(grid: Grid, config: TrainConfig) -> None:
     """Train the grid into config.out; `config` holds what all its runs share.
 
-    Without --teacher the teacher is trained first, on the full training split with seed 0. Raises as train does.
+    Where a method wants a teacher and config.teacher gives none, one is trained first, on the full training split with seed 0.
+    Raises as train does.
     """
-    fractions = grid.fractions_of(config.dataset)
     students = tuple(method for method in grid.methods if method != "teacher")
-    for method in students:
-        method_parts(method)
-    sizes = datasets.load(config.dataset, config.data, "train", download=config.download).class_sizes()
-    per_class = {fraction: images_per_class(fraction, int(sizes.min())) for fraction in fractions}
+    class_size = int(load_split(config.dataset, config.data, "train", download=config.download).class_sizes().min())
+    subsets = [images_per_class(fraction, class_size) for fraction in grid.fractions_of(config.dataset)]
+    for per_class in subsets:  # what cannot be trained is said now, not after the hours of the teacher
+        load_data(dataclasses.replace(config, per_class=per_class).resolved())
 
-    if config.teacher is None:
+    wanted = config.teacher is None and any(map(method_parts, students))
+    if wanted or "teacher" in grid.methods:
         (teacher,) = train(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0))
-        config = dataclasses.replace(config, teacher=str(Path(config.out) / teacher.weights))
+        if config.teacher is None:
+            config = dataclasses.replace(config, teacher=str(Path(config.out) / teacher.weights))
     for seed in range(grid.seeds):  # seeds outermost: one whole table early, the spread later
-        for fraction in fractions:
-            if students:
-                train(dataclasses.replace(config, method=students, per_class=per_class[fraction], seed=seed))
+        for per_class in subsets if students else ():
+            train(dataclasses.replace(config, method=students, per_class=per_class, seed=seed))
 
 
 def images_per_class(fraction: str, class_size: int) -> int | None:

@@ -32,7 +32,7 @@ from fastvid.wresnet import WideResNet
 __all__ = ["TrainConfig", "train"]
 
 EVAL_BATCH = 500
-_load = lru_cache(maxsize=2)(datasets.load)  # a grid trains many groups on the two splits of one data set
+load_split = lru_cache(maxsize=2)(datasets.load)  # a grid trains many groups on the two splits of one data set
 
 
 def train(config: TrainConfig) -> list[RunResult]:
@@ -133,13 +133,13 @@ class Data:
 
 def load_data(config: TrainConfig) -> Data:
     """Raises InputError when the data set is missing or damaged, or the subset smaller than a batch."""
-    whole = _load(config.dataset, config.data, "train", download=config.download)
+    whole = load_split(config.dataset, config.data, "train", download=config.download)
     subset = whole if config.per_class is None else whole.subset(config.per_class)
     percent = 100 * len(subset) / len(whole)
     if config.validation_per_class:
         subset, evaluation = subset.holdout(config.validation_per_class)
     else:
-        evaluation = _load(config.dataset, config.data, "test")
+        evaluation = load_split(config.dataset, config.data, "test")
     if config.batch_size > len(subset):
         raise InputError(f"a batch of {config.batch_size} is larger than the training subset of {len(subset)} images: "
                          f"set --batch-size {len(subset)} or less, or take more images per class")
