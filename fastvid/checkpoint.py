@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         raise InputError(f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
 
@@ -90,12 +89,11 @@ def load_state(path: Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load itself does not look at the CRCs
             if damaged:
-                raise InputError(f"{path}: entry {damaged} is damaged: copy or make the file again")
+                raise ValueError(f"its entry {damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable torch file of tensors ({str(error).splitlines()[0]}): copy or make it again") from error
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not a readable torch file of tensors ({reason}): copy or make it again") from error
 
 
 def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:

@@ -147,6 +147,7 @@ class TrainConfig:
         for name, least in (("per_class", 1), ("validation_per_class", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1), ("evaluations", 1)):
             value = getattr(self, name)
             _require(value is None or value >= least, name, value, f"{least} or more")
+        _require(self.seed < 2**63, "seed", self.seed, "less than 2**63")
         for name, options in (("", self), *((group, getattr(self, group)) for group in OPTION_GROUPS)):
             for entry in dataclasses.fields(options):
                 value = getattr(options, entry.name)

@@ -1,6 +1,7 @@
 """How a file that must not be lost is written: beside its place, synced, renamed. A crash or a full disk leaves the old one."""
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
                          "make room or choose another --out, then start again") from error
+    finally:
+        with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
+            temporary.unlink()

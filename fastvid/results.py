@@ -121,6 +121,8 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
 
 
 def _parse(entry: dict) -> RunResult:
+    if not isinstance(entry["config"], dict) or not isinstance(entry["environment"], dict):
+        raise TypeError("a result without its configuration or environment")
     return RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
 
 

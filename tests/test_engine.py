@@ -1,0 +1,163 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastvid.config import TrainConfig, VIDOptions
+from fastvid.datasets import Arrays
+from fastvid.engine import GroupStep, Learner, choose_device, evaluate
+from fastvid.errors import InputError
+from fastvid.loader import EvalLoader
+from fastvid.methods import build
+from fastvid.wresnet import WideResNet
+
+CPU = torch.device("cpu")
+
+
+def random_arrays(count):
+    generator = np.random.default_rng(0)
+    return Arrays(generator.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8), generator.integers(0, 10, count),
+                  tuple("0123456789"), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def learner(method="student", teacher=None, **settings):
+    torch.manual_seed(0)
+    config, network = TrainConfig(**settings), WideResNet(10, 1)
+    return Learner(method, network, build(method, config, network, teacher), config, CPU)
+
+
+def batch(count=4):
+    torch.manual_seed(1)
+    return torch.randn(count, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (count,))
+
+
+def flat(parameters):
+    return torch.cat([parameter.detach().flatten().double() for parameter in parameters])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clip_norm_bounds_the_update_of_student_and_regressors_together(precision):
+    settings = {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0, "precision": precision}
+    teacher = WideResNet(10, 2)
+    norms = {}
+    for limit in (0.0, 0.01):
+        one = learner("vid", teacher, clip_norm=limit, **settings)
+        before = flat(one.parameters)
+        GroupStep(teacher.eval(), [one], CPU, precision)(*batch(), learning_rate=1.0)
+        norms[limit] = float((flat(one.parameters) - before).norm())
+    assert norms[0.0] > 0.1
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-2)  # clip_grad_norm_ adds 1e-6 to the norm, and fp32 weights round the update
+
+
+def test_a_norm_below_the_limit_is_left_alone():
+    updated = []
+    for limit in (0.0, 1e6):
+        one = learner(clip_norm=limit, precision="fp32")
+        GroupStep(None, [one], CPU, "fp32")(*batch(), learning_rate=0.1)
+        updated.append(flat(one.parameters))
+    assert torch.equal(*updated)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_moves_every_parameter_but_those_of_the_teacher(precision):
+    teacher = WideResNet(10, 2).eval()
+    one, taught = learner("vid", teacher, precision=precision), flat(teacher.parameters())
+    before = [parameter.detach().clone() for parameter in one.parameters]
+    GroupStep(teacher, [one], CPU, precision)(*batch(), learning_rate=0.1)
+    moved = [not torch.equal(now, old) for now, old in zip(one.parameters, before)]
+    assert all(moved) and all(parameter.isfinite().all() for parameter in one.parameters)
+    assert torch.equal(flat(teacher.parameters()), taught) and all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in one.parameters)
+
+
+@pytest.mark.parametrize("variant, exempt", [("paper", 4), ("repdistiller", 0)])
+def test_without_gradients_only_decay_moves_weights_and_it_spares_the_variances_of_the_paper_variant(variant, exempt):
+    one = learner("vid", WideResNet(10, 2), vid=VIDOptions(variant=variant), learning_rate=0.5, weight_decay=0.1, momentum=0.0)
+    with torch.no_grad():
+        for parameter in one.parameters:
+            parameter.fill_(2.0)
+    nothing = sum((parameter * 0).sum() for parameter in one.parameters)
+    one.update(nothing, nothing.detach(), images=1)
+    values = [(name, parameter) for module in (one.network, one.method) for name, parameter in module.named_parameters()]
+    unmoved = [name for name, parameter in values if torch.equal(parameter, torch.full_like(parameter, 2.0))]
+    assert len(unmoved) == exempt and all("raw_scales" in name for name in unmoved)
+    for name, parameter in values:
+        if name not in unmoved:
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2.0 * (1 - 0.5 * 0.1)))
+
+
+def test_losses_are_means_over_images_and_start_anew_after_they_were_taken():
+    one = learner(learning_rate=0.0)
+    for task, transfer, images in ((1.0, 10.0, 3), (5.0, 2.0, 1)):  # a last short batch weighs less
+        one.update(one.parameters[0].sum() * 0 + task, torch.tensor(transfer), images)
+    assert one.take_losses(4) == (2.0, 8.0)
+    one.update(one.parameters[0].sum() * 0 + 7.0, torch.tensor(0.0), 4)
+    assert one.take_losses(4) == (7.0, 0.0)
+
+
+@pytest.mark.parametrize("task, transfer", [(math.nan, 0.0), (1.0, math.inf)], ids=["nan-task", "infinite-transfer"])
+def test_a_loss_that_is_not_finite_is_told_with_the_method_and_the_remedy(task, transfer):
+    one = learner("student")
+    one.loss_sums += torch.tensor([task, transfer])
+    with pytest.raises(InputError, match="student diverged: task loss .*; lower its weight or --learning-rate, set --clip-norm"):
+        one.take_losses(1)
+
+
+@pytest.mark.parametrize("method", ["student", "vid"])
+def test_a_learner_with_the_state_of_another_goes_on_with_the_same_bits(method):
+    teacher = WideResNet(10, 2).eval()
+    first, second = learner(method, teacher, precision="fp16"), learner(method, teacher, precision="fp16")
+    step = GroupStep(teacher, [first], CPU, "fp16")
+    step(*batch(), learning_rate=0.1)
+    second.load_state(copy.deepcopy(first.state()))  # as a file would give it: the momentum is shared otherwise
+    step(*batch(), learning_rate=0.02)
+    GroupStep(teacher, [second], CPU, "fp16")(*batch(), learning_rate=0.02)
+    assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.take_losses(8) == second.take_losses(8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_accuracy_is_a_count_over_all_images_in_eval_mode_and_the_mode_is_restored(training):
+    torch.manual_seed(0)
+    network, arrays = WideResNet(10, 1).train(), random_arrays(50)
+    network(torch.randn(8, 3, 32, 32))  # running statistics that differ from those of a batch
+    network.train(training)
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    accuracy = evaluate(network, EvalLoader(arrays, 20), CPU, "fp32")  # 20 + 20 + 10
+    assert network.training == training and all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+
+    images = torch.from_numpy(arrays.images).permute(0, 3, 1, 2).double() / 255
+    logits = network.double().eval()((images - 0.5) / 0.25).logits
+    hits = sum(int(row.argmax()) == label for row, label in zip(logits, arrays.labels))
+    assert 0 < hits < 50, "chance hits some"
+    assert accuracy == 100 * hits / 50
+
+
+@pytest.mark.parametrize("name, phrase", [
+    pytest.param("tpu", "unknown device 'tpu': choose auto, cpu, cuda or cuda:N", id="unknown"),
+    pytest.param("", "unknown device '': choose", id="empty"),
+    pytest.param("cuda:x", "unknown device 'cuda:x'", id="no-number"),
+    pytest.param("cuda:-1", "unknown device 'cuda:-1'", id="negative"),
+    pytest.param("meta", "fastvid does not run on 'meta'", id="known-to-torch-only"),
+    pytest.param("cuda:99", r"no GPU for --device cuda:99: torch \S+ sees \d+; take --device cpu, or see `fastvid doctor`",
+                 id="beyond-the-last"),
+])
+def test_a_device_that_is_not_here_is_refused_with_the_choices(name, phrase):
+    with pytest.raises(InputError, match=phrase):
+        choose_device(name)
+
+
+def test_asking_for_a_gpu_where_there_is_none_is_refused_and_auto_takes_the_cpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(InputError, match="no GPU for --device cuda: torch .* sees 0"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == CPU
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_gpu_where_there_is_one():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    assert choose_device("auto").type == choose_device("cuda:0").type == "cuda"

@@ -1,0 +1,104 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from fastvid import results
+from fastvid.errors import InputError
+from fastvid.results import Evaluation, RunResult
+
+RESULT = RunResult(
+    dataset="digits", method="vid", percent=5.0, per_class=7, seed=1, accuracy=61.2, best_accuracy=63.0, evaluated_on="test",
+    train_images=70, steps=120, seconds=3.25, images_per_second=861.5, group=["student", "vid"],
+    history=[Evaluation(1, 40.0, 2.25, 33.5, {"stem": [4.8, 4.9, 5.0]}), Evaluation(2, 61.2, 1.5, 30.25, {"stem": [4.1, 4.2, 4.3]})],
+    weights="vid-7-seed1.safetensors", weights_sha256="ab" * 32, teacher_sha256="cd" * 32, teacher_accuracy=97.0,
+    config={"method": ["vid"], "vid": {"weight": None}}, environment={"torch": "2.15.0"})
+OTHER = dataclasses.replace(RESULT, method="student", teacher_sha256=None, teacher_accuracy=None, per_class=None)
+
+
+def test_results_come_back_equal_and_in_order(tmp_path):
+    for result in (RESULT, OTHER):
+        results.append(tmp_path, result)
+    assert results.read(tmp_path) == ([RESULT, OTHER], [])
+    assert [json.loads(line)["method"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == ["vid", "student"]
+
+
+def test_a_folder_without_results_holds_none(tmp_path):
+    assert results.read(tmp_path) == ([], [])
+
+
+def test_a_number_that_json_does_not_know_is_never_written(tmp_path):
+    with pytest.raises(ValueError):
+        results.append(tmp_path, dataclasses.replace(RESULT, accuracy=math.nan))
+    assert results.read(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("kept", [1, 40, -1], ids=["first-byte", "middle", "all-but-the-newline"])
+def test_a_torn_last_line_is_told_and_the_next_result_survives(tmp_path, kept):
+    results.append(tmp_path, RESULT)
+    path, whole = tmp_path / "results.jsonl", (tmp_path / "results.jsonl").read_bytes()
+    path.write_bytes(whole + whole[:kept])
+    found, notes = results.read(tmp_path)
+    torn = kept != -1  # only the newline is missing: nothing is lost
+    assert found == [RESULT] * (1 if torn else 2) and len(notes) == torn
+    results.append(tmp_path, OTHER)
+    found, notes = results.read(tmp_path)
+    assert found[-1] == OTHER and len(found) == (2 if torn else 3)
+    if torn:
+        assert notes == [f"{path}, line 2: not a whole result, skipped; its run will be made again"]
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b"null", b"{}", b'{"method": "vid"}', b"\xff\xfe", b'"text"', b"not json"])
+def test_a_line_that_is_no_result_is_told_and_skipped(tmp_path, line):
+    (tmp_path / "results.jsonl").write_bytes(line + b"\n\n")
+    results.append(tmp_path, RESULT)
+    found, (note,) = results.read(tmp_path)
+    assert found == [RESULT] and "line 1: not a whole result" in note
+
+
+@pytest.mark.parametrize("config", [None, [], "vid"], ids=str)
+def test_a_line_without_a_configuration_is_skipped_too(tmp_path, config):
+    (tmp_path / "results.jsonl").write_text(json.dumps(dataclasses.asdict(RESULT) | {"config": config}) + "\n")
+    found, notes = results.read(tmp_path)
+    assert not found and len(notes) == 1
+
+
+def test_a_new_or_empty_folder_becomes_an_output_folder_and_stays_one(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    assert results.open_folder(folder) == folder
+    results.append(folder, RESULT)
+    (folder / "notes.txt").write_text("mine")
+    results.open_folder(folder)
+    assert results.read(folder) == ([RESULT], [])
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "results.jsonl"]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=f"{tmp_path} holds files but no results.jsonl, .*: give --out a new or an empty folder"):
+        results.open_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param("file", id="is-a-file"), pytest.param("file/out", id="below-a-file"), pytest.param("taken", id="results-is-a-folder")])
+def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "results.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{tmp_path / name}: cannot write there: .*; choose another --out"):
+        results.open_folder(tmp_path / name)
+
+
+def test_results_that_cannot_be_written_or_read_are_an_input_error(tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(InputError, match="results.jsonl: cannot write: .*; make room, then start again"):
+        results.append(tmp_path, RESULT)
+    with pytest.raises(InputError, match="results.jsonl: cannot read"):
+        results.read(tmp_path)
+
+
+def test_a_run_is_known_by_data_set_method_subset_and_seed():
+    changed = {"dataset": "cifar10", "method": "kd", "per_class": 8, "seed": 2}
+    keys = {RESULT.key(), *(dataclasses.replace(RESULT, **{name: value}).key() for name, value in changed.items())}
+    assert len(keys) == 5 and dataclasses.replace(RESULT, accuracy=1.0).key() == RESULT.key()
