@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -90,9 +92,13 @@ def load_state(path: Path) -> dict:
                 damaged = archive.testzip()  # torch.load itself does not look at the CRCs
             if damaged:
                 raise ValueError(f"its entry {damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what follows says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it anyway
+            reason = "damaged, or with objects that only trusted files may hold"
         raise InputError(f"{path}: not a readable torch file of tensors ({reason}): copy or make it again") from error
 
 

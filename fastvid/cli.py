@@ -19,13 +19,15 @@ from fastvid.errors import InputError, Interrupted
 def main(argv: list[str] | None = None) -> int:
     """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after an interruption."""
     try:
-        args = _parser().parse_args(argv)
+        args, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args.run(args) or 0
     except InputError as error:
         print(f"fastvid: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"fastvid: {error or 'interrupted'}", file=sys.stderr)
+        print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -58,26 +60,27 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
-        prog="fastvid", description="Train small students from a teacher (VID, and KD, FitNet, AT to compare with) and reproduce the paper's table.")
+        prog="fastvid",
+        description="Train small students from a teacher (VID, and KD, FitNet, AT to compare with) and reproduce the paper's table.")
     parser.add_argument("--version", action="version", version=f"fastvid {fastvid.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_OneLineParser)
 
     train = commands.add_parser("train", help="train one group: any methods, one teacher, one subset, one seed")
     _add_options(train, TrainConfig)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, parser=train)
 
     reproduce = commands.add_parser("reproduce", help="train the grid methods x fractions x seeds, then report")
     _add_options(reproduce, Grid)
     _add_options(reproduce, TrainConfig, leave_out=("method", "per_class", "seed"))
-    reproduce.set_defaults(run=_reproduce)
+    reproduce.set_defaults(run=_reproduce, parser=reproduce)
 
     report = commands.add_parser("report", help="render table.md, table.csv and plots from the results in a folder")
     report.add_argument("folder", metavar="DIR", help="output folder of train or reproduce")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, parser=report)
 
     doctor = commands.add_parser("doctor", help="say what this machine has: versions, device, loader, kernels, data")
-    doctor.add_argument("--data", default=TrainConfig.data, metavar="DIR", help=f"where to look for data sets (default: {TrainConfig.data})")
-    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--data", default=TrainConfig.data, metavar="DIR", help="where to look for data sets (default: %(default)s)")
+    doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
 
 

@@ -144,9 +144,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_methods("method", self.method)
-        for name, least in (("per_class", 1), ("validation_per_class", 0), ("seed", 0), ("epochs", 1), ("batch_size", 1), ("evaluations", 1)):
+        at_least = {"per_class": 1, "validation_per_class": 0, "seed": 0, "epochs": 1, "batch_size": 1, "evaluations": 1}
+        for name, least in at_least.items():
             value = getattr(self, name)
             _require(value is None or value >= least, name, value, f"{least} or more")
+        for network in ("teacher", "student"):
+            depth, width = getattr(self, f"{network}_depth"), getattr(self, f"{network}_width")
+            _require(depth >= 10 and (depth - 4) % 6 == 0, f"{network}_depth", depth, "6n + 4, such as 10, 16, 22, 28 or 40")
+            _require(width >= 1, f"{network}_width", width, "1 or more")
         _require(self.seed < 2**63, "seed", self.seed, "less than 2**63")
         for name, options in (("", self), *((group, getattr(self, group)) for group in OPTION_GROUPS)):
             for entry in dataclasses.fields(options):

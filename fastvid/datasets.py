@@ -42,13 +42,20 @@ class Arrays:
 
     def subset(self, per_class: int) -> Arrays:
         """The first `per_class` images of each class, in file order: nested, balanced, the same for every method."""
-        self._require_class_size(per_class)
+        sizes = self.class_sizes()
+        if per_class > sizes.min():
+            name, size = self.class_names[int(sizes.argmin())], sizes.min()
+            raise InputError(f"{per_class} images per class were asked for, but class {name!r} has {size}: take at most {size}")
         return self._where(self._rank_in_class() < per_class)
 
     def holdout(self, per_class: int) -> tuple[Arrays, Arrays]:
         """(all but the last `per_class` images of each class, those last images): a validation split."""
-        self._require_class_size(per_class, spare=1)
-        last = self._rank_in_class() >= self.class_sizes()[self.labels] - per_class
+        sizes = self.class_sizes()
+        if per_class >= sizes.min():
+            name, size = self.class_names[int(sizes.argmin())], sizes.min()
+            raise InputError(f"a validation split of {per_class} images per class leaves nothing to train on: class {name!r} has {size}, "
+                             f"hold out at most {size - 1}")
+        last = self._rank_in_class() >= sizes[self.labels] - per_class
         return self._where(~last), self._where(last)
 
     def _rank_in_class(self) -> np.ndarray:
@@ -60,11 +67,15 @@ class Arrays:
     def _where(self, chosen: np.ndarray) -> Arrays:
         return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
-    def _require_class_size(self, wanted: int, spare: int = 0) -> None:
-        sizes = self.class_sizes()
-        if wanted + spare > sizes.min():
-            name, size = self.class_names[int(sizes.argmin())], sizes.min()
-            raise InputError(f"{wanted} images per class were asked for, but class {name!r} has {size}: take at most {size - spare}")
+
+@dataclass(frozen=True)
+class Data:
+    """What a group trains on and what it is evaluated on; the share of the training split in percent."""
+
+    train: Arrays
+    evaluation: Arrays
+    evaluated_on: str
+    percent: float
 
 
 @dataclass(frozen=True)

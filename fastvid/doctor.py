@@ -14,8 +14,8 @@ from fastvid.errors import InputError
 from fastvid.loader import choose_backend
 
 PACKAGES = {  # what each is for
-    "torch": "training", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download", "pillow": "--dataset folder",
-    "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
+    "torch": "training", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download",
+    "pillow": "--dataset folder", "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
 }
 
 
@@ -23,8 +23,8 @@ def doctor(data: str) -> str:
     """The report as lines of text. `data`: the folder in which data sets are looked for."""
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
-    lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}", f"device    {name}",
-             f"loader    {choose_backend('auto')}", "losses    reference (plain PyTorch)", "", "packages"]
+    lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+             f"device    {name}", f"loader    {choose_backend('auto')}", "losses    reference (plain PyTorch)", "", "packages"]
     lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
     lines += ["", f"data under {data}"]
     lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]

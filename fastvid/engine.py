@@ -50,7 +50,8 @@ class Learner:
         groups = [{"params": [p for p in self.parameters if id(p) not in exempt], "weight_decay": config.weight_decay}]
         if undecayed:
             groups.append({"params": undecayed, "weight_decay": 0.0})
-        self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+        self.optimizer = torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
 

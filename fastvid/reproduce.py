@@ -35,7 +35,7 @@ def reproduce(grid: Grid, config: TrainConfig) -> None:
 
 
 def images_per_class(fraction: str, class_size: int) -> int | None:
-    """Images of each class in a fraction: None for "full", else that percent of the smallest class, rounded. Raises InputError below one."""
+    """Images of each class in a fraction: None for "full", else that percent of the smallest class, rounded. InputError below one."""
     if fraction == "full":
         return None
     count = round(class_size * float(fraction) / 100)

@@ -19,7 +19,7 @@ import torch
 import fastvid
 from fastvid import checkpoint, results
 from fastvid.config import CIRCUMSTANCES, TrainConfig
-from fastvid.datasets import Arrays
+from fastvid.datasets import Data
 from fastvid.engine import Learner, evaluate
 from fastvid.errors import InputError
 from fastvid.loader import EvalLoader
@@ -34,32 +34,34 @@ class Run:
     position: steps done.  seconds: of training alone.  history: the learning curve so far.
     """
 
-    def __init__(self, config: TrainConfig, train_set: Arrays, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device):
+    def __init__(self, config: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device):
         (self.method,) = config.method
-        self.config, self.teacher_sha256 = config, teacher_sha256 if config.needs_teacher else None
+        self.config, self.data, self.device = config, data, device
+        self.teacher_sha256 = teacher_sha256 if config.needs_teacher else None
         self.name = f"{self.method}-{config.per_class or 'full'}-seed{config.seed}"
         self.folder = Path(config.out)
         self.resume_path = self.folder / f"{self.name}.resume"
-        self.normalisation = json.dumps({"mean": train_set.mean, "std": train_set.std})
-        self.learner = self._new_learner(len(train_set.class_names), teacher, device)
+        self.learner = self._new_learner(teacher)
         self.position, self.seconds, self.history = 0, 0.0, []
         if self.resume_path.exists():
             self._load()
 
-    def _new_learner(self, num_classes: int, teacher: WideResNet | None, device: torch.device) -> Learner:
+    def _new_learner(self, teacher: WideResNet | None) -> Learner:
         """Initial weights depend on the seed alone, and the regressors' on the seed and the method: not on the group."""
         config = self.config
-        depth, width = (config.teacher_depth, config.teacher_width) if self.method == "teacher" else (config.student_depth, config.student_width)
+        depth, width = config.student_depth, config.student_width
+        if self.method == "teacher":
+            depth, width = config.teacher_depth, config.teacher_width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = WideResNet(depth, width, num_classes)
+            network = WideResNet(depth, width, len(self.data.train.class_names))
             torch.manual_seed(config.seed + zlib.crc32(self.method.encode()))
             method = build(self.method, config, network, teacher)
-        return Learner(self.method, network, method, config, device)
+        return Learner(self.method, network, method, config, self.device)
 
-    def evaluate(self, epoch: int, losses: tuple[float, float], loader: EvalLoader, device: torch.device) -> None:
+    def evaluate(self, epoch: int, losses: tuple[float, float], loader: EvalLoader) -> None:
         """Add a point to the learning curve. `epoch`: epochs completed."""
-        accuracy = evaluate(self.learner.network, loader, device, self.config.precision)
+        accuracy = evaluate(self.learner.network, loader, self.device, self.config.precision)
         variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
         self.history.append(Evaluation(epoch, accuracy, *losses, variances))
 
@@ -75,32 +77,37 @@ class Run:
         state = checkpoint.load_state(self.resume_path)
         remedy = "give the old settings, another --out, or delete the file"
         try:
+            if not isinstance(state, dict):
+                raise TypeError(f"a {type(state).__name__}")
             _require_same(state["identity"], identity(self.config), self.resume_path, remedy)
             if state["teacher_sha256"] != self.teacher_sha256:
                 raise InputError(f"{self.resume_path} was made with another teacher: {remedy}")
             self.learner.load_state(state["learner"])
             self.position, self.seconds = state["position"], state["seconds"]
             self.history = [Evaluation(**point) for point in state["history"]]
-        except (KeyError, TypeError, RuntimeError) as error:
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.resume_path} is no resume state of this version ({error}): delete it") from error
 
-    def finish(self, group: list[Run], images: int, percent: float, evaluated_on: str, teacher_accuracy: float | None, device: torch.device) -> RunResult:
-        """Write the final weights and the result, then drop the resume state. `images`: of the training subset."""
-        config, last = self.config, self.history[-1]
-        learner = self.learner
+    def finish(self, group: list[Run], teacher_accuracy: float | None) -> RunResult:
+        """Write the final weights and the result, then drop the resume state."""
+        config, data, learner, last = self.config, self.data, self.learner, self.history[-1]
         tensors = dict(learner.network.state_dict())
         tensors |= {checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()}
         weights = self.folder / f"{self.name}.safetensors"
         weights_sha256 = checkpoint.save_weights(weights, tensors, {
-            "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset, "normalisation": self.normalisation,
-            "accuracy": f"{last.accuracy:.2f} on {evaluated_on}", "config": json.dumps(dataclasses.asdict(config))})
+            "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
+            "normalisation": json.dumps({"mean": data.train.mean, "std": data.train.std}),
+            "accuracy": f"{last.accuracy:.2f} on {data.evaluated_on}", "config": json.dumps(identity(config))})
         result = RunResult(
-            dataset=config.dataset, method=self.method, percent=percent, per_class=config.per_class, seed=config.seed,
-            accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=evaluated_on,
-            train_images=images, steps=self.position, seconds=self.seconds, images_per_second=images * config.epochs / self.seconds,
+            dataset=config.dataset, method=self.method, percent=data.percent, per_class=config.per_class, seed=config.seed,
+            accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=data.evaluated_on,
+            train_images=len(data.train), steps=self.position, seconds=self.seconds,
+            images_per_second=len(data.train) * config.epochs / self.seconds,
             group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
             teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
-            config=json.loads(json.dumps(dataclasses.asdict(config))), environment=environment(device))
+            config=json.loads(json.dumps(dataclasses.asdict(config))), environment=environment(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
@@ -149,7 +156,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

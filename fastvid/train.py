@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 
 from fastvid import checkpoint, datasets, results
 from fastvid.config import TrainConfig
+from fastvid.datasets import Data
 from fastvid.engine import GroupStep, choose_device, evaluate
 from fastvid.errors import InputError, Interrupted
 from fastvid.loader import EvalLoader, train_loader
@@ -53,15 +53,16 @@ def train(config: TrainConfig) -> list[RunResult]:
     finished = find_finished(request, teacher_sha256, found)
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
-    runs = [Run(one, data.train, teacher, teacher_sha256, device) for one in waiting]
-    known = next((r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == data.evaluated_on == "test"), None)
+    runs = [Run(one, data, teacher, teacher_sha256, device) for one in waiting]
+    same_teacher = (r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == "test")
+    known = next(same_teacher, None) if data.evaluated_on == "test" else None
     for position in sorted({run.position for run in runs}):  # one group, unless a method joins interrupted ones
         group = [run for run in runs if run.position == position]
         train_group(group, config, data, teacher, device)
         if teacher is not None and known is None:
             known = evaluate(teacher, EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
         for run in group:
-            finished[run.method] = run.finish(group, len(data.train), data.percent, data.evaluated_on, known, device)
+            finished[run.method] = run.finish(group, known)
             say(summary(finished[run.method]))
     return [finished[name] for name in config.method]
 
@@ -77,10 +78,10 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
     first_epoch, first_step = divmod(group[0].position, plan.steps_per_epoch)
     images_done = first_epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
-    progress = Progress(title, config.epochs * len(data.train), images_done)
-    last_save = time.monotonic()
 
     with stop_on_signal() as stop:
+        progress = Progress(title, config.epochs * len(data.train), images_done)
+        last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
             started = time.perf_counter()
             done = epoch * plan.steps_per_epoch + first_step
@@ -98,7 +99,7 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
                 run.seconds += time.perf_counter() - started
             if epoch_is_over and is_evaluated(epoch, config):
                 for run, means in zip(group, losses):
-                    run.evaluate(epoch + 1, means, test, device)
+                    run.evaluate(epoch + 1, means, test)
                 progress.status("  ".join(f"{run.method} {run.history[-1].accuracy:.2f} %" for run in group))
             if stop.is_set() or epoch + 1 == config.epochs or time.monotonic() - last_save > 60 * config.checkpoint_minutes:
                 for run in group:
@@ -106,8 +107,9 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
                 last_save = time.monotonic()
             if stop.is_set():
                 progress.close()
-                raise Interrupted(f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: the same command goes on from there")
-    progress.close()
+                raise Interrupted(f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: "
+                                  "the same command goes on from there")
+        progress.close()
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -119,16 +121,6 @@ def is_evaluated(epoch: int, config: TrainConfig) -> bool:
     """Whether epoch number `epoch` (from 0) ends with one of the evenly spread evaluations. The last one does."""
     count = min(config.evaluations, config.epochs)
     return (epoch + 1) * count // config.epochs > epoch * count // config.epochs
-
-
-@dataclass(frozen=True)
-class Data:
-    """The training subset, what it is evaluated on, and its share of the training split in percent."""
-
-    train: datasets.Arrays
-    evaluation: datasets.Arrays
-    evaluated_on: str
-    percent: float
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -158,9 +150,8 @@ def load_teacher(config: TrainConfig, num_classes: int) -> tuple[WideResNet | No
 
 def summary(result: RunResult) -> str:
     """One line about a finished run."""
-    size = f"{result.percent:.3g} %"
-    text = (f"{result.method} | {size} of {result.dataset}, seed {result.seed}: {result.accuracy:.2f} % on {result.evaluated_on} after the last epoch"
-            f" (best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training")
+    text = (f"{result.method} | {result.percent:.3g} % of {result.dataset}, seed {result.seed}: {result.accuracy:.2f} % on "
+            f"{result.evaluated_on} after the last epoch (best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training")
     variances = "; ".join(f"{tap} {low:.3g} to {high:.3g}" for tap, (low, _, high) in result.history[-1].variances.items())
     return f"{text}; variances {variances}" if variances else text
 

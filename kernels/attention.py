@@ -2,9 +2,8 @@
 
     loss = 1/(B·H·W) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over H·W,   A = mean over channels of x²
 """
-from torch import Tensor
-
 from fastvid.kernels import checks, reference
+from torch import Tensor
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, impl: str = "auto") -> Tensor:

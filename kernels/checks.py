@@ -27,7 +27,8 @@ def maps(op: str, **tensors: Tensor) -> None:
     (first, reference), *others = tensors.items()
     for name, tensor in others:
         if (tensor.shape[0], *tensor.shape[2:]) != (reference.shape[0], *reference.shape[2:]):
-            raise ValueError(f"{op}: `{name}` is {describe(tensor)}, but `{first}` is {describe(reference)}: they must agree in B, H and W")
+            raise ValueError(f"{op}: `{name}` is {describe(tensor)}, but `{first}` is {describe(reference)}: "
+                             "they must agree in B, H and W")
 
 
 def shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
@@ -40,7 +41,8 @@ def pairs(op: str, **lists: Sequence) -> None:
     """Two lists of one entry per tap, equally long and not empty."""
     (student, students), (teacher, teachers) = lists.items()
     if len(students) != len(teachers) or not students:
-        raise ValueError(f"{op} wants one entry per tap in both lists, but `{student}` has {len(students)} and `{teacher}` has {len(teachers)}")
+        raise ValueError(f"{op} wants one entry per tap in both lists, but `{student}` has {len(students)} "
+                         f"and `{teacher}` has {len(teachers)}")
 
 
 def describe(tensor: Tensor) -> str:

@@ -2,9 +2,8 @@
 
     loss = T²/B · Σ_b Σ_k p_teacher · (log p_teacher - log p_student),   p = softmax(logits / T)
 """
-from torch import Tensor
-
 from fastvid.kernels import checks, reference
+from torch import Tensor
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0, impl: str = "auto") -> Tensor:

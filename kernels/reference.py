@@ -19,7 +19,8 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
     return 0.5 * (squares / variance + rows * variance.log()).sum() / mean.numel()
 
 
-def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
+def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *,
+                      eps: float = 1e-5) -> Tensor:
     """vid_nll of a 1x1 convolution: the mean is weight · hidden + bias at every position.
 
     hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].

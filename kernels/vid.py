@@ -5,9 +5,8 @@
 M = B·H·W rows, C channels. The constant ½·log 2π is left out.
 """
 import torch.nn.functional as F
-from torch import Tensor
-
 from fastvid.kernels import checks, reference
+from torch import Tensor
 
 
 def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5, impl: str = "auto") -> Tensor:

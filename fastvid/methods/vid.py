@@ -43,7 +43,8 @@ VARIANTS = {
     # Where the paper is silent (the exact place of the taps, eps, the first variances) the choice is ours.
     "paper": Variant(TAPS, activated=True, hidden_multiple=2, batch_norm=True, eps=1e-5, initial_variance=5.0, decayed_scale=False),
     # RepDistiller's, from the authors' code.
-    "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiple=1, batch_norm=False, eps=1e-5, initial_variance=5.0, decayed_scale=True),
+    "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiple=1, batch_norm=False, eps=1e-5, initial_variance=5.0,
+                            decayed_scale=True),
 }
 
 
