@@ -69,7 +69,8 @@ def test_crops_start_exactly_at_the_planned_pixel_and_flips_mirror_columns_only(
         assert (columns.numpy() == source(left[:, None] + walk - 4)[:, None, :]).all()
         assert (number.numpy() == indices[:, None, None]).all() and labels.tolist() == indices.tolist()
         seen |= set(zip(top, left, flip))
-    assert {(t, l, f) for t in (0, 8) for l in (0, 8) for f in (False, True)} <= seen
+    corners = {(top, left, flip) for top in (0, 8) for left in (0, 8) for flip in (False, True)}
+    assert corners <= seen
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
