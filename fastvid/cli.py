@@ -5,6 +5,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 import types
 from functools import cache, partial
@@ -19,16 +20,38 @@ from fastvid.errors import InputError, Interrupted
 def main(argv: list[str] | None = None) -> int:
     """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after an interruption."""
     try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return args.run(args) or 0
+        args.run(args)
+        sys.stdout.flush()
+        return 0
     except InputError as error:
-        print(f"fastvid: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except BrokenPipeError:  # `fastvid report DIR | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _refuse("out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks")
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _refuse(message: str) -> int:
+    print(f"fastvid: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the machine, of a GPU (torch.OutOfMemoryError), or of torch's allocator on the CPU, which has no class of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     """largest gradient norm of a student and its regressors; 0: no clipping"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """compute type of autocast; fp16 scales the loss"""
+    """compute type of autocast; fp16 scales the loss, fp32 leaves torch's TF32 settings as they are"""
     evaluations: int | None = None
     """accuracies measured per run at most, evenly spread, the last epoch always among them; none: 50, and 10 when quick"""
     device: str = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,13 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def sha256(self) -> str:
+        """Of images, labels and class names, in hex: two data sets that share it are the same."""
+        digest = hashlib.sha256("\n".join(self.class_names).encode())
+        for values in (self.images, self.labels):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def class_sizes(self) -> np.ndarray:
         """Images of each class, int64 [classes]."""
@@ -76,6 +84,8 @@ class Data:
     evaluation: Arrays
     evaluated_on: str
     percent: float
+    sha256: str
+    """of the whole training split and of the test split, where that is evaluated on"""
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]
         raise InputError(f"{folder} holds {len(class_names)} class folders, wanted two or more: {folder.name}/CLASS/*.png|jpg")
     files = []
     for label, name in enumerate(class_names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file())
         if not found:
             raise InputError(f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder")
         files += [(path, label) for path in found]
@@ -226,7 +236,8 @@ def _read_image(path: Path) -> np.ndarray:
     except ImportError as error:
         raise InputError("--dataset folder needs Pillow: pip install pillow") from error
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of transparency that RGB drops
             if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert("RGB")

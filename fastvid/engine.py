@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InputError(f"fastvid does not run on {name!r}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"no GPU for --device {name}: torch {torch.__version__} sees {torch.cuda.device_count()}; "
@@ -52,6 +52,9 @@ class Learner:
             groups.append({"params": undecayed, "weight_decay": 0.0})
         self.optimizer = torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+        if config.momentum:  # zeros give the bits that no buffer gives; the fused step wants all or none, and hints alone reach some
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
 

@@ -24,7 +24,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
-                         "make room or choose another --out, then start again") from error
+                         "make room there or choose another folder, then start again") from error
     finally:
         with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
             temporary.unlink()

@@ -13,26 +13,32 @@ class Progress:
     def __init__(self, title: str, total: int, done: int = 0, least_seconds: float = 10.0):
         self._title, self._total, self._done, self._first = title, total, done, done
         self._start = self._last_line = time.monotonic()
-        self._least_seconds = least_seconds
+        self._least_seconds, self._text = least_seconds, ""
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
-        else:
-            self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
+            self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False,
+                             bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}")
+        self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
 
     def advance(self, images: int) -> None:
         self._done += images
         if self._bar is not None:
             self._bar.update(images)
+        elif time.monotonic() - self._last_line >= 6 * self._least_seconds:  # long epochs, or many between evaluations
+            self._state()
 
     def status(self, text: str) -> None:
         """The newest accuracies: beside the bar, or as a line, at most every `least_seconds`."""
+        self._text = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         elif time.monotonic() - self._last_line >= self._least_seconds or self._done == self._total:
-            rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            self._line(f"{100 * self._done / self._total:3.0f} %  {text}  {rate:,.0f} images/s  ETA {tqdm.format_interval(left)}")
+            self._state()
+
+    def _state(self) -> None:
+        rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
+        self._line(f"{100 * self._done / self._total:3.0f} %  {self._text}  {rate:,.0f} images/s  ETA {left}")
 
     def close(self) -> None:
         if self._bar is not None:

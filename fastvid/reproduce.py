@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from fastvid import results
 from fastvid.config import Grid, TrainConfig, method_parts
 from fastvid.errors import InputError
 from fastvid.train import load_data, load_split, train
@@ -18,20 +19,24 @@ def reproduce(grid: Grid, config: TrainConfig) -> None:
     Where a method wants a teacher and config.teacher gives none, one is trained first, on the full training split with seed 0.
     Raises as train does.
     """
+    if config.teacher is not None and "teacher" in grid.methods:
+        raise InputError("--teacher gives a teacher and --methods asks to train one: leave one of them out")
     students = tuple(method for method in grid.methods if method != "teacher")
     class_size = int(load_split(config.dataset, config.data, "train", download=config.download).class_sizes().min())
     subsets = [images_per_class(fraction, class_size) for fraction in grid.fractions_of(config.dataset)]
     for per_class in subsets:  # what cannot be trained is said now, not after the hours of the teacher
         load_data(dataclasses.replace(config, per_class=per_class).resolved())
 
-    wanted = config.teacher is None and any(map(method_parts, students))
-    if wanted or "teacher" in grid.methods:
-        (teacher,) = train(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0))
-        if config.teacher is None:
-            config = dataclasses.replace(config, teacher=str(Path(config.out) / teacher.weights))
-    for seed in range(grid.seeds):  # seeds outermost: one whole table early, the spread later
-        for per_class in subsets if students else ():
-            train(dataclasses.replace(config, method=students, per_class=per_class, seed=seed))
+    with results.exclusive(results.open_folder(Path(config.out))):  # for the whole grid
+        if config.teacher is None and (any(map(method_parts, students)) or "teacher" in grid.methods):
+            (teacher,) = train(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0))
+            path = Path(config.out) / teacher.weights
+            if not path.exists():
+                raise InputError(f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out")
+            config = dataclasses.replace(config, teacher=str(path))
+        for seed in range(grid.seeds):  # seeds outermost: one whole table early, the spread later
+            for per_class in subsets if students else ():
+                train(dataclasses.replace(config, method=students, per_class=per_class, seed=seed))
 
 
 def images_per_class(fraction: str, class_size: int) -> int | None:

@@ -3,10 +3,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from filelock import FileLock, Timeout
 
 from fastvid.errors import InputError
 
@@ -57,6 +63,8 @@ class RunResult:
     weights: str
     """file of the final weights, beside this one"""
     weights_sha256: str
+    data_sha256: str
+    """of the whole training split, and of the test split where that is evaluated on"""
     teacher_sha256: str | None
     """of the teacher's weight file; null: trained without one"""
     teacher_accuracy: float | None
@@ -87,6 +95,20 @@ def open_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the output folder; nested calls of one process share it. Raises InputError when another process holds it."""
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another fastvid is at work in {folder}: wait for it, or give another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def append(folder: Path, result: RunResult) -> None:
     """Add one line to the folder's results, synced. A torn last line of a killed run is ended first, so it cannot swallow this one."""
     path = folder / FILE
@@ -103,7 +125,10 @@ def append(folder: Path, result: RunResult) -> None:
 
 
 def read(folder: Path) -> tuple[list[RunResult], list[str]]:
-    """(results in file order, notes on lines that could not be read). A missing file holds no results."""
+    """(results in file order, notes on lines that could not be read). A missing file holds no results.
+
+    Raises InputError when whole lines are there but none is a result: the file is another program's or another version's.
+    """
     path = folder / FILE
     results, notes = [], []
     try:
@@ -117,13 +142,33 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
             results.append(_parse(json.loads(line)))
         except (ValueError, TypeError, KeyError):
             notes.append(f"{path}, line {number}: not a whole result, skipped; its run will be made again")
+    if not results and any(line.strip() for line in lines[:-1]):  # the last one may be torn
+        raise InputError(f"{path} holds no result that this version of fastvid can read: give another folder")
     return results, notes
 
 
 def _parse(entry: dict) -> RunResult:
-    if not isinstance(entry["config"], dict) or not isinstance(entry["environment"], dict):
-        raise TypeError("a result without its configuration or environment")
-    return RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
+    result = RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
+    for part in (result, *result.history):
+        for name, kind in get_type_hints(type(part)).items():
+            if not _is_a(getattr(part, name), kind):
+                raise TypeError(f"{name} is {getattr(part, name)!r}")
+    if not result.history or result.evaluated_on not in ("test", "validation"):
+        raise ValueError("no learning curve, or none on a known split")
+    return result
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a JSON value is of an annotated type; a float is a finite number."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(entry, get_args(kind)[0]) for entry in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_is_a(entry, get_args(kind)[1]) for entry in value.values())
+    if get_args(kind):  # X | None
+        return any(_is_a(value, option) for option in get_args(kind))
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _ends_a_line(file) -> bool:

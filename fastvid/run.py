@@ -18,7 +18,7 @@ import torch
 
 import fastvid
 from fastvid import checkpoint, results
-from fastvid.config import CIRCUMSTANCES, TrainConfig
+from fastvid.config import CIRCUMSTANCES, OPTION_GROUPS, TrainConfig, method_parts
 from fastvid.datasets import Data
 from fastvid.engine import Learner, evaluate
 from fastvid.errors import InputError
@@ -70,8 +70,8 @@ class Run:
         self.position = position
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
-            "identity": identity(self.config), "teacher_sha256": self.teacher_sha256, "position": position, "seconds": self.seconds,
-            "history": history, "learner": self.learner.state()})
+            "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
+            "position": position, "seconds": self.seconds, "history": history, "learner": self.learner.state()})
 
     def _load(self) -> None:
         state = checkpoint.load_state(self.resume_path)
@@ -80,14 +80,18 @@ class Run:
             if not isinstance(state, dict):
                 raise TypeError(f"a {type(state).__name__}")
             _require_same(state["identity"], identity(self.config), self.resume_path, remedy)
-            if state["teacher_sha256"] != self.teacher_sha256:
-                raise InputError(f"{self.resume_path} was made with another teacher: {remedy}")
+            for what in ("data", "teacher"):
+                if state[f"{what}_sha256"] != {"data": self.data.sha256, "teacher": self.teacher_sha256}[what]:
+                    raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
             self.learner.load_state(state["learner"])
-            self.position, self.seconds = state["position"], state["seconds"]
+            self.position, self.seconds = int(state["position"]), float(state["seconds"])
             self.history = [Evaluation(**point) for point in state["history"]]
+            steps = self.config.epochs * -(-len(self.data.train) // self.config.batch_size)
+            if not 0 <= self.position <= steps:
+                raise ValueError(f"step {self.position} of {steps}")
         except InputError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.resume_path} is no resume state of this version ({error}): delete it") from error
 
     def finish(self, group: list[Run], teacher_accuracy: float | None) -> RunResult:
@@ -98,7 +102,7 @@ class Run:
         weights = self.folder / f"{self.name}.safetensors"
         weights_sha256 = checkpoint.save_weights(weights, tensors, {
             "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
-            "normalisation": json.dumps({"mean": data.train.mean, "std": data.train.std}),
+            "normalisation": json.dumps({"mean": data.train.mean, "std": data.train.std}), "classes": json.dumps(data.train.class_names),
             "accuracy": f"{last.accuracy:.2f} on {data.evaluated_on}", "config": json.dumps(identity(config))})
         result = RunResult(
             dataset=config.dataset, method=self.method, percent=data.percent, per_class=config.per_class, seed=config.seed,
@@ -106,32 +110,40 @@ class Run:
             train_images=len(data.train), steps=self.position, seconds=self.seconds,
             images_per_second=len(data.train) * config.epochs / self.seconds,
             group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
-            teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
+            data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))), environment=environment(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
 
 
-def find_finished(config: TrainConfig, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:
+def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:
     """Those of `found` that are runs of `config`, by method. Raises InputError when any does not belong into one table with them."""
     finished = {}
     for result in found:
         same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
         remedy = "give the old settings or another --out"
         _require_same(result.config, identity(same_run), Path(config.out) / results.FILE, remedy)
-        if teacher_sha256 and result.teacher_sha256 not in (None, teacher_sha256):
-            raise InputError(f"{config.out} holds results of another teacher (SHA-256 {result.teacher_sha256[:12]}, now "
+        if result.data_sha256 != data.sha256:
+            raise InputError(f"{config.out} holds results of another {config.dataset}, now in {config.data} there is different data: "
+                             "give the old data or another --out")
+        taught_by = result.weights_sha256 if result.method == "teacher" else result.teacher_sha256
+        if teacher_sha256 and taught_by not in (None, teacher_sha256):
+            raise InputError(f"{config.out} holds results of another teacher (SHA-256 {taught_by[:12]}, now "
                              f"{teacher_sha256[:12]}): give the old teacher or another --out")
         if (result.per_class, result.seed) == (config.per_class, config.seed):
-            finished[result.method] = result
+            finished.setdefault(result.method, result)
     return finished
 
 
 def identity(config: TrainConfig) -> dict:
-    """The settings that make a run what it is, as JSON gives them back."""
+    """The settings that make a run of one method what it is, as JSON gives them back: those of other methods and networks are left out."""
+    (method,) = config.method
+    idle = {*CIRCUMSTANCES, *OPTION_GROUPS} - {*method_parts(method)}
+    idle |= {"student_depth", "student_width"} if method == "teacher" else set()
+    idle |= {"teacher_depth", "teacher_width"} if method == "student" else set()
     settings = json.loads(json.dumps(dataclasses.asdict(config.resolved())))
-    return {name: value for name, value in settings.items() if name not in CIRCUMSTANCES}
+    return {name: value for name, value in settings.items() if name not in idle}
 
 
 def _require_same(recorded: dict, wanted: dict, path: Path, remedy: str) -> None:

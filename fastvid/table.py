@@ -66,9 +66,9 @@ class Section:
 
     @cached_property
     def given_teacher(self) -> float | None:
-        """Accuracy of the teacher when its weights came from outside."""
-        if any(run.method == "teacher" for run in self.runs):
-            return None
+        """Accuracy of the teacher on the test split when its weights came from outside."""
+        if self.evaluated_on != "test" or any(run.method == "teacher" for run in self.runs):
+            return None  # each subset has a validation split of its own, and the teacher may have been trained on it
         return next((run.teacher_accuracy for run in self.runs if run.teacher_accuracy is not None), None)
 
     def cell(self, method: str, column: RunResult) -> list[RunResult]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import signal
 import threading
 import time
@@ -44,13 +45,23 @@ def train(config: TrainConfig) -> list[RunResult]:
     request, config = config, config.resolved()
     device = choose_device(config.device)
     data = load_data(config)
-    teacher, teacher_sha256 = load_teacher(config, len(data.train.class_names))
+    teacher, teacher_sha256 = load_teacher(config, data.train)
 
-    out = results.open_folder(Path(config.out))
+    with results.exclusive(results.open_folder(Path(config.out))):
+        return _train_missing(request, data, teacher, teacher_sha256, device)
+
+
+def _train_missing(request: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None,
+                   device: torch.device) -> list[RunResult]:
+    """The runs of `request` that its output folder lacks, and the finished ones beside them."""
+    config, out = request.resolved(), Path(request.out)
     found, notes = results.read(out)
     for note in notes:
         say(note)
-    finished = find_finished(request, teacher_sha256, found)
+    finished = find_finished(request, data, teacher_sha256, found)
+    for name in config.method:
+        if name in finished:
+            say(f"{summary(finished[name])}; finished before")
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
     runs = [Run(one, data, teacher, teacher_sha256, device) for one in waiting]
@@ -100,7 +111,7 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
             if epoch_is_over and is_evaluated(epoch, config):
                 for run, means in zip(group, losses):
                     run.evaluate(epoch + 1, means, test)
-                progress.status("  ".join(f"{run.method} {run.history[-1].accuracy:.2f} %" for run in group))
+                progress.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
             if stop.is_set() or epoch + 1 == config.epochs or time.monotonic() - last_save > 60 * config.checkpoint_minutes:
                 for run in group:
                     run.save(done)
@@ -127,24 +138,33 @@ def load_data(config: TrainConfig) -> Data:
     """Raises InputError when the data set is missing or damaged, or the subset smaller than a batch."""
     whole = load_split(config.dataset, config.data, "train", download=config.download)
     subset = whole if config.per_class is None else whole.subset(config.per_class)
-    percent = 100 * len(subset) / len(whole)
+    percent, sha256 = 100 * len(subset) / len(whole), whole.sha256()
     if config.validation_per_class:
         subset, evaluation = subset.holdout(config.validation_per_class)
     else:
         evaluation = load_split(config.dataset, config.data, "test")
+        sha256 = hashlib.sha256(f"{sha256} {evaluation.sha256()}".encode()).hexdigest()
+    if config.per_class and percent == 100:
+        raise InputError(f"--per-class {config.per_class} is the whole training split of {config.dataset}: leave it out")
     if config.batch_size > len(subset):
         raise InputError(f"a batch of {config.batch_size} is larger than the training subset of {len(subset)} images: "
                          f"set --batch-size {len(subset)} or less, or take more images per class")
-    return Data(subset, evaluation, "validation" if config.validation_per_class else "test", percent)
+    return Data(subset, evaluation, "validation" if config.validation_per_class else "test", percent, sha256)
 
 
-def load_teacher(config: TrainConfig, num_classes: int) -> tuple[WideResNet | None, str | None]:
-    """(frozen teacher, SHA-256 of its file), or (None, None) when no method wants one."""
+def load_teacher(config: TrainConfig, arrays: datasets.Arrays) -> tuple[WideResNet | None, str | None]:
+    """(frozen teacher, SHA-256 of its file), or (None, None) when no method wants one. Raises InputError when it does not fit the data."""
     if not config.needs_teacher:
         return None, None
     if config.teacher is None:
         raise InputError(f"--method {','.join(config.method)} needs a teacher: add --teacher FILE, or make one with --method teacher")
-    teacher = checkpoint.load_network(config.teacher, config.teacher_depth, config.teacher_width, num_classes)
+    teacher = checkpoint.load_network(config.teacher, config.teacher_depth, config.teacher_width, len(arrays.class_names))
+    _, metadata = checkpoint.load_weights(config.teacher)
+    ours = {"normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)}, "classes": list(arrays.class_names)}
+    for name, value in ours.items():  # weights of other programs do not say
+        if name in metadata and json.loads(metadata[name]) != value:
+            raise InputError(f"{config.teacher} was trained with other {name} ({metadata[name]}) than {config.dataset} has: "
+                             "take a teacher of this data set")
     return teacher, hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()
 
 

@@ -36,4 +36,5 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     checks.shape("projected_vid_nll", "raw_scale", raw_scale, (target.shape[1],))
     if bias is not None:
         checks.shape("projected_vid_nll", "bias", bias, (target.shape[1],))
-    return vid_nll(F.conv2d(hidden, weight, bias), target, raw_scale, eps=eps, impl=impl)
+        bias = bias.to(hidden.dtype)
+    return vid_nll(F.conv2d(hidden, weight.to(hidden.dtype), bias), target, raw_scale, eps=eps, impl=impl)

@@ -1,7 +1,9 @@
 """The command line from outside: what it offers, and one line with what, where and the remedy for everything that can be mended."""
 import dataclasses
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +21,7 @@ from fastvid import checkpoint, cli, datasets, train
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.wresnet import WideResNet
 
-TINY = ["--dataset", "digits", "--per-class", "5", "--validation-per-class", "1", "--batch-size", "16", "--epochs", "1",
+TINY = ["--device", "cpu", "--dataset", "digits", "--per-class", "5", "--validation-per-class", "1", "--batch-size", "16", "--epochs", "1",
         "--student-depth", "10", "--teacher-depth", "10", "--teacher-width", "1", "--precision", "fp32"]
 
 
@@ -277,7 +279,71 @@ def test_results_of_another_teacher_are_not_mixed_with_this_one(refused, finishe
 def test_a_finished_command_started_again_succeeds_and_says_so(finished, capsys):
     out, teacher = finished
     assert cli.main(["train", *TINY, "--method", "student,kd", "--teacher", str(teacher), "--out", str(out)]) == 0
-    assert not capsys.readouterr().err.count("from the start")
+    said = capsys.readouterr().err
+    assert not said.count("from the start")
+    assert [line.split(" | ")[0] for line in said.splitlines() if line.endswith("finished before")] == ["student", "kd"]
+
+
+def test_a_table_can_be_piped_into_a_command_that_stops_reading(finished):
+    out, _ = finished
+    ran = subprocess.run(f"{sys.executable} -m fastvid report {out} | true", shell=True, capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+
+
+def test_a_terminal_without_the_plus_minus_sign_still_gets_the_table(finished):
+    out, _ = finished
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run([sys.executable, "-m", "fastvid", "report", str(out)], capture_output=True, text=True, check=True, env=environment)
+    assert "? sample standard deviation" in ran.stdout
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--data"])
+def test_a_path_that_the_system_refuses_is_named(refused, option):
+    path = "x" * 300
+    dataset = ["--dataset", "cifar10"] if option == "--data" else []
+    assert path in refused("train", "--method", "kd", option, path, *dataset)
+
+
+def test_what_does_not_fit_into_memory_is_refused_in_one_line(refused):
+    assert "out of memory: set a smaller --batch-size" in refused("train", "--method", "student", "--student-width", "1000000")
+
+
+def test_the_whole_split_is_not_given_as_a_subset(refused):
+    message = refused("train", "--method", "student", "--per-class", "140")
+    assert "--per-class 140 is the whole training split of digits: leave it out" in message
+
+
+def test_a_teacher_is_given_or_trained_but_not_both(refused, tmp_path):
+    message = refused("reproduce", "--dataset", "digits", "--methods", "teacher,vid", "--teacher", "FILE", "--out", tmp_path / "out")
+    assert "--teacher gives a teacher and --methods asks to train one: leave one of them out" in message
+
+
+def image_folder(root, grey):
+    for split in ("train", "test"):
+        for index, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (32, 32), (grey, 40 * index, 20 * number)).save(root / split / name / f"{number}.png")
+    return str(root)
+
+
+def test_other_images_under_the_same_name_do_not_continue_a_folder_of_results(refused, tmp_path):
+    one, other = image_folder(tmp_path / "one", 10), image_folder(tmp_path / "other", 11)
+    options = ["--dataset", "folder", "--method", "student", "--per-class", "7", "--batch-size", "8"]
+    assert cli.main(["train", *TINY, *options, "--data", one, "--out", str(tmp_path / "out")]) == 0
+    message = refused("train", *options, "--data", other, "--seed", "1")
+    assert "holds results of another folder" in message and "give the old data or another --out" in message
+
+
+def test_a_teacher_that_says_it_was_trained_on_other_classes_or_constants_is_refused(refused, finished, tmp_path):
+    out, _ = finished
+    data = image_folder(tmp_path / "data", 10)
+    for name in "abcdefgh":  # ten classes, as digits has
+        for split in ("train", "test"):
+            shutil.copytree(tmp_path / "data" / split / "cat", tmp_path / "data" / split / name)
+    teacher = next(out.glob("student-*.safetensors"))
+    message = refused("train", "--dataset", "folder", "--data", data, "--method", "kd", "--teacher", teacher, "--teacher-width", "1")
+    assert "was trained with other normalisation" in message and "take a teacher of this data set" in message
 
 
 # --- optional packages

@@ -33,7 +33,7 @@ def test_when_the_disk_is_full_the_old_file_stays_and_the_message_names_path_siz
     path = tmp_path / "weights"
     path.write_bytes(b"old")
     ran = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith(f"{path}: cannot write 5,000 bytes: File too large; make room or choose another --out")
+    assert ran.stdout.startswith(f"{path}: cannot write 5,000 bytes: File too large; make room there or choose another folder")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["weights"]
 
 
@@ -45,7 +45,7 @@ def test_when_the_disk_is_full_the_old_file_stays_and_the_message_names_path_siz
 def test_a_path_that_cannot_be_written_is_an_input_error_and_leaves_nothing(tmp_path, path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=f"{tmp_path / path}: cannot write 3 bytes: .*choose another --out"):
+    with pytest.raises(InputError, match=f"{tmp_path / path}: cannot write 3 bytes: .*choose another folder"):
         write_atomic(tmp_path / path, b"new")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
 

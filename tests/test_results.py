@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +14,7 @@ RESULT = RunResult(
     dataset="digits", method="vid", percent=5.0, per_class=7, seed=1, accuracy=61.2, best_accuracy=63.0, evaluated_on="test",
     train_images=70, steps=120, seconds=3.25, images_per_second=861.5, group=["student", "vid"],
     history=[Evaluation(1, 40.0, 2.25, 33.5, {"stem": [4.8, 4.9, 5.0]}), Evaluation(2, 61.2, 1.5, 30.25, {"stem": [4.1, 4.2, 4.3]})],
-    weights="vid-7-seed1.safetensors", weights_sha256="ab" * 32, teacher_sha256="cd" * 32, teacher_accuracy=97.0,
+    weights="vid-7-seed1.safetensors", weights_sha256="ab" * 32, data_sha256="da" * 32, teacher_sha256="cd" * 32, teacher_accuracy=97.0,
     config={"method": ["vid"], "vid": {"weight": None}}, environment={"torch": "2.15.0"})
 OTHER = dataclasses.replace(RESULT, method="student", teacher_sha256=None, teacher_accuracy=None, per_class=None)
 
@@ -59,9 +61,41 @@ def test_a_line_that_is_no_result_is_told_and_skipped(tmp_path, line):
 
 @pytest.mark.parametrize("config", [None, [], "vid"], ids=str)
 def test_a_line_without_a_configuration_is_skipped_too(tmp_path, config):
-    (tmp_path / "results.jsonl").write_text(json.dumps(dataclasses.asdict(RESULT) | {"config": config}) + "\n")
+    results.append(tmp_path, RESULT)
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write(json.dumps(dataclasses.asdict(RESULT) | {"config": config}) + "\n")
     found, notes = results.read(tmp_path)
-    assert not found and len(notes) == 1
+    assert found == [RESULT] and len(notes) == 1
+
+
+@pytest.mark.parametrize("change", [
+    {"accuracy": "abc"}, {"accuracy": None}, {"accuracy": float("nan")}, {"method": 5}, {"seed": [1]}, {"seed": True}, {"seconds": "1"},
+    {"group": None}, {"group": [1]}, {"per_class": "7"}, {"history": []}, {"evaluated_on": "a/b"}, {"history": [{"epoch": 1}]},
+    {"history": [dataclasses.asdict(RESULT.history[0]) | {"variances": {"stem": ["x"]}}]}], ids=str)
+def test_a_line_with_values_of_another_type_is_skipped(tmp_path, change):
+    results.append(tmp_path, RESULT)
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write(json.dumps(dataclasses.asdict(OTHER) | change) + "\n")
+    found, (note,) = results.read(tmp_path)
+    assert found == [RESULT] and "line 2: not a whole result" in note
+
+
+@pytest.mark.parametrize("content", ['{"my": "other program"}\n', "epoch,accuracy\n1,50\n"], ids=["json", "csv"])
+def test_results_of_another_program_or_version_are_refused(tmp_path, content):
+    (tmp_path / "results.jsonl").write_text(content)
+    with pytest.raises(InputError, match="results.jsonl holds no result that this version of fastvid can read: give another folder"):
+        results.read(tmp_path)
+
+
+def test_a_folder_is_held_by_one_process_and_nested_calls_of_it(tmp_path):
+    program = "import sys; from pathlib import Path; from fastvid import results\nwith results.exclusive(Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with results.exclusive(tmp_path):
+        with results.exclusive(tmp_path):
+            pass
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode and f"another fastvid is at work in {tmp_path}: wait for it, or give another --out" in second.stderr
+    subprocess.run(command, check=True)
 
 
 def test_a_new_or_empty_folder_becomes_an_output_folder_and_stays_one(tmp_path):

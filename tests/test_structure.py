@@ -178,7 +178,6 @@ def test_distribution_has_its_name_extras_command_and_version():
 
 
 def test_a_wheel_holds_every_module_and_the_marker_of_types(tmp_path):
-    pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77")
     found = [path for pattern in ("fastvid/**/*", "kernels/*") for path in ROOT.glob(pattern)]
     sources_and_data = [path for path in found if path.is_file() and path.suffix != ".pyc"]
     for path in (*sources_and_data, *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):  # no build/ is left here

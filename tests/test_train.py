@@ -25,7 +25,7 @@ from fastvid.wresnet import WideResNet
 
 CPU = torch.device("cpu")
 STEPS = 3  # per epoch
-TINY = {"dataset": "digits", "per_class": 5, "validation_per_class": 1, "batch_size": 16, "epochs": 2, "evaluations": 1,
+TINY = {"device": "cpu", "dataset": "digits", "per_class": 5, "validation_per_class": 1, "batch_size": 16, "epochs": 2, "evaluations": 1,
         "teacher_depth": 10, "teacher_width": 2, "student_depth": 10, "precision": "fp32"}
 
 
@@ -94,7 +94,7 @@ def weights_of(result):
 
 
 def files_in(config):
-    return sorted(path.name for path in Path(config.out).iterdir())
+    return sorted(path.name for path in Path(config.out).iterdir() if path.name != ".lock")
 
 
 # --- reproducible
@@ -305,6 +305,29 @@ def test_a_diverging_run_ends_with_the_method_and_a_remedy_and_leaves_no_result(
     assert files_in(config) == ["results.jsonl"] and results.read(Path(config.out)) == ([], [])
 
 
+def test_layers_above_the_hint_stand_still_until_the_hint_is_learned(tiny):
+    two_stage = FitNetOptions(schedule="two-stage", hint_share=0.5)
+    group = {}
+    for share in (0.4, 0.6):  # of two epochs: the second belongs to the labels, or to the hint as the first does
+        config = tiny(f"share{share}", "fitnet", fitnet=dataclasses.replace(two_stage, hint_share=share), weight_decay=0.1)
+        group[share], _ = weights_of(train(config)[0])
+    torch.manual_seed(0)
+    untouched = WideResNet(10, 1).state_dict()
+    above = [name for name in untouched if name.startswith(("fc.", "bn1.weight", "block3.layer.0.conv", "block3.layer.0.bn2.weight"))]
+    assert len(above) > 4
+    for name in above:
+        assert torch.equal(group[0.6][name], untouched[name]), name
+    assert not torch.equal(group[0.4]["fc.weight"], untouched["fc.weight"])
+    assert not torch.equal(group[0.6]["conv1.weight"], untouched["conv1.weight"])
+
+
+def test_settings_of_other_methods_and_networks_do_not_part_results(tiny):
+    train(tiny("a", "student", teacher_width=3))
+    (result,) = train(tiny("a", "vid", vid=VIDOptions(weight=3.0)))
+    with pytest.raises(InputError, match="was made with vid = .*3.0.* but now it is .*4.0"):
+        train(tiny("a", "vid", vid=VIDOptions(weight=4.0), seed=1))
+
+
 # --- what is left behind
 
 def test_a_finished_run_leaves_its_result_and_weights_only_and_is_not_trained_again(tiny, forwards):
@@ -363,8 +386,9 @@ def test_weights_say_what_they_are(tiny):
         assert metadata["accuracy"] == f"{result.accuracy:.2f} on validation"
         train_set = datasets.load("digits", "", "train")
         assert json.loads(metadata["normalisation"]) == {"mean": list(train_set.mean), "std": list(train_set.std)}
-        settings = {name: value for name, value in result.config.items() if name not in CIRCUMSTANCES}  # paths would be of this machine
-        assert json.loads(metadata["config"]) == settings
+        settings = json.loads(metadata["config"])
+        assert settings.items() <= result.config.items() and not settings.keys() & set(CIRCUMSTANCES)  # no path of this machine
+        assert ("vid" in settings) == ("teacher_depth" in settings) == (result.method == "vid")  # and nothing of other methods
         assert result.weights_sha256 == hashlib.sha256(Path(config.out, result.weights).read_bytes()).hexdigest()
 
 

@@ -1,8 +1,10 @@
 """What a distillation method is made of: Transfer terms, and the Method that adds them to the cross entropy."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +25,10 @@ class Transfer(nn.Module):
     `tap_channels`. It owns its regressors and registers every parameter.
     """
 
-    task_weight: float | Tensor = 1.0
+    task_weight = 1.0
     """Factor on the cross entropy while this term is in the loss."""
+    alone = False
+    """Whether this term is now the whole loss: no cross entropy and no other term, so what they alone would train stands still."""
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
         raise NotImplementedError
@@ -49,10 +53,12 @@ class Method(nn.Module):
         self.transfers = nn.ModuleDict(transfers)
 
     def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
-        task = F.cross_entropy(student.logits.float(), labels)
-        transfer = task.new_zeros(())
-        for term in self.transfers.values():
-            task = term.task_weight * task
+        terms = list(self.transfers.values())
+        alone = [term for term in terms if term.alone]
+        task = transfer = labels.new_zeros((), dtype=torch.float32)
+        if not alone:  # left out, not weighted by zero: what has no gradient does not decay either
+            task = math.prod(term.task_weight for term in terms) * F.cross_entropy(student.logits.float(), labels)
+        for term in alone or terms:
             transfer = transfer + term(student, teacher)
         return Terms(task, transfer)
 

@@ -1,7 +1,7 @@
 """FitNet (Romero et al., ICLR 2015): the student's map, through a regressor, shall equal the teacher's hint.
 
-Joint, as RepDistiller trains it: CE + weight·MSE. Two-stage, as the paper does: the hint alone first, then CE alone, as two
-spans of one training and one learning-rate schedule.
+Joint, as RepDistiller trains it: CE + weight·MSE. Two-stage, as the paper does: the hint alone first, while the layers above it
+stand still, then everything but the hint (CE, or with kd+fitnet the softened logits too), in one learning-rate schedule.
 """
 from __future__ import annotations
 
@@ -42,19 +42,14 @@ class Hint(Transfer):
         self.tap = TAPS.index(options.tap)
         self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap])
         self.options = options
-        # tensors, so that a step recorded once follows them
-        self.register_buffer("weight", torch.tensor(options.weight), persistent=False)
-        self.register_buffer("_task_weight", torch.tensor(1.0), persistent=False)
-
-    @property
-    def task_weight(self) -> Tensor:
-        return self._task_weight
+        self.over = False
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.weight * self.loss(student.activated[self.tap], teacher.activated[self.tap])
+        if self.over:
+            return student.logits.new_zeros((), dtype=torch.float32)
+        return self.options.weight * self.loss(student.activated[self.tap], teacher.activated[self.tap])
 
     def begin_epoch(self, progress: float) -> None:
         if self.options.schedule == "two-stage":
-            hint_alone = progress < self.options.hint_share
-            self.weight.fill_(self.options.weight if hint_alone else 0.0)
-            self._task_weight.fill_(0.0 if hint_alone else 1.0)
+            self.alone = progress < self.options.hint_share
+            self.over = not self.alone
