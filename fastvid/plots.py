@@ -78,7 +78,7 @@ def _draw_panel(panel, section: Section, column: RunResult) -> dict[str, object]
         handles["teacher"] = _draw_given_teacher(panel, section)
         late.append(section.given_teacher)
     for milestone in column.config.get("milestones", ()):
-        panel.axvline(milestone * length, color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+        panel.axvline(milestone * (section.followers(column)[0].config.get("epochs") or length), color="0.6", linestyle=":", linewidth=0.8, zorder=0)
     panel.set_xlim(0, length * 1.01)
     if late:  # the first tenth may leave the panel below, so that the ends can be told apart
         margin = 0.06 * (max(late) - min(late)) or 1

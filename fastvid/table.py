@@ -81,8 +81,13 @@ class Section:
     def setting(self, name: str) -> str:
         return _listed(run.config.get(name) for run in self.runs)
 
+    def followers(self, column: RunResult) -> list[RunResult]:
+        """The runs that give a column its length: the students, or the teacher where it is alone."""
+        runs = [run for run in self.runs if run.per_class == column.per_class]
+        return [run for run in runs if run.method != "teacher"] or runs
+
     def epochs(self, column: RunResult) -> str:
-        return _listed(run.config.get("epochs") for run in self.runs if run.per_class == column.per_class)
+        return _listed(run.config.get("epochs") for run in self.followers(column))
 
     def published_fraction(self, column: RunResult) -> int | None:
         """Which of the published columns this is, if any. Published numbers are of the test split and of two networks."""
@@ -182,7 +187,7 @@ def _notes(section: Section) -> list[str]:
     data = (f"Data set {section.dataset}, {section.evaluated_on} split, {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_listed(seeds)}). "
             f"The last epoch is the headline. {EMPTY}: not run here, or never published.")
     protocol = (f"Protocol `{section.setting('protocol')}`: {_lengths(section, section.columns)}; batch {section.setting('batch_size')}; "
-                f"{section.setting('precision')}.{_departures(section)}")
+                f"{section.setting('precision')}.{_teacher_length(section)}{_departures(section)}")
     notes = [data, protocol]
     if section.given_teacher is not None:
         notes.append(f"{section.name('teacher')} was given, not trained here: "
@@ -201,21 +206,31 @@ def _lengths(section: Section, columns: list[RunResult]) -> str:
     return ", ".join(f"{section.epochs(column)} epochs on {column.percent:.3g} %" for column in columns)
 
 
+def _teacher_length(section: Section) -> str:
+    """Said only where it differs from that of the students beside it."""
+    epochs = {run.config.get("epochs") for run in section.runs if run.method == "teacher"}
+    beside = {run.config.get("epochs") for column in section.columns[:1] for run in section.followers(column)}
+    return f" The teacher: {_listed(sorted(epochs))} epochs." if epochs - beside else ""
+
+
 def _departures(section: Section) -> str:
     """What was trained otherwise than the named protocol and the default recipe say."""
     changed, defaults = [], asdict(TrainConfig())
     if protocol := PROTOCOLS.get(section.setting("protocol")):
         for column in section.columns:
-            if section.epochs(column) != _epochs_of(protocol, column):
-                changed.append(f"{_lengths(section, [column])} (protocol: {_epochs_of(protocol, column)})")
+            wanted = _epochs_of(protocol, section.followers(column)[0])
+            if section.epochs(column) != wanted:
+                changed.append(f"{_lengths(section, [column])} (protocol: {wanted})")
         if section.setting("batch_size") != str(protocol.batch_size):
             changed.append(f"batch {section.setting('batch_size')} (protocol: {protocol.batch_size})")
     changed += [f"{name} {section.setting(name)}" for name in RECIPE if section.setting(name) != _listed([defaults[name]])]
     return f" **Not as the protocol and the defaults say: {', '.join(changed)}.**" if changed else ""
 
 
-def _epochs_of(protocol: Protocol, column: RunResult) -> str:
-    return str(protocol.full_epochs if column.per_class is None else protocol.reduced_epochs)
+def _epochs_of(protocol: Protocol, run: RunResult) -> str:
+    if run.method == "teacher":
+        return str(protocol.teacher_epochs)
+    return str(protocol.full_epochs if run.per_class is None else protocol.reduced_epochs)
 
 
 def _weights(section: Section) -> list[str]:
@@ -239,7 +254,7 @@ def _comparison(section: Section) -> str:
     text = (f"paper: Ahn et al., CVPR 2019, number of epochs unknown. seed repo: its newest README, mean of 3 runs, protocol `seed`: "
             f"{seed.full_epochs} epochs on 100 %, {seed.reduced_epochs} on less, batch {seed.batch_size}. ")
     shared = [column for column in section.columns if section.published_fraction(column)]
-    other, batch = [column for column in shared if section.epochs(column) != _epochs_of(seed, column)], section.setting("batch_size")
+    other, batch = [column for column in shared if section.epochs(column) != _epochs_of(seed, section.followers(column)[0])], section.setting("batch_size")
     if other or batch != str(seed.batch_size):
         return f"{text}**Ours is not comparable with either: {_lengths(section, other or shared)}, batch {batch}.**"
     return f"{text}Ours has the epochs and the batch of the seed repository; the paper's may differ."
