@@ -77,8 +77,9 @@ def _draw_panel(panel, section: Section, column: RunResult) -> dict[str, object]
     if section.given_teacher is not None and column.per_class is None:
         handles["teacher"] = _draw_given_teacher(panel, section)
         late.append(section.given_teacher)
+    students_length = section.followers(column)[0].config.get("epochs") or length
     for milestone in column.config.get("milestones", ()):
-        panel.axvline(milestone * (section.followers(column)[0].config.get("epochs") or length), color="0.6", linestyle=":", linewidth=0.8, zorder=0)
+        panel.axvline(milestone * students_length, color="0.6", linestyle=":", linewidth=0.8, zorder=0)
     panel.set_xlim(0, length * 1.01)
     if late:  # the first tenth may leave the panel below, so that the ends can be told apart
         margin = 0.06 * (max(late) - min(late)) or 1

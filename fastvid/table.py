@@ -254,7 +254,8 @@ def _comparison(section: Section) -> str:
     text = (f"paper: Ahn et al., CVPR 2019, number of epochs unknown. seed repo: its newest README, mean of 3 runs, protocol `seed`: "
             f"{seed.full_epochs} epochs on 100 %, {seed.reduced_epochs} on less, batch {seed.batch_size}. ")
     shared = [column for column in section.columns if section.published_fraction(column)]
-    other, batch = [column for column in shared if section.epochs(column) != _epochs_of(seed, section.followers(column)[0])], section.setting("batch_size")
+    other = [column for column in shared if section.epochs(column) != _epochs_of(seed, section.followers(column)[0])]
+    batch = section.setting("batch_size")
     if other or batch != str(seed.batch_size):
         return f"{text}**Ours is not comparable with either: {_lengths(section, other or shared)}, batch {batch}.**"
     return f"{text}Ours has the epochs and the batch of the seed repository; the paper's may differ."

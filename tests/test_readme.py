@@ -1,0 +1,31 @@
+"""The numbers in README.md are those of bench/results, rendered, never typed."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastvid import results
+from fastvid.report import report
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = sorted(path.parent for path in (ROOT / "bench" / "results").glob(f"*/{results.FILE}"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_table_in_the_readme_is_the_one_that_the_committed_results_give(folder, tmp_path):
+    shutil.copy(folder / results.FILE, tmp_path)
+    report(tmp_path)
+    title, *_, = (tmp_path / "table.md").read_text().splitlines()
+    table = [line for line in (tmp_path / "table.md").read_text().split("Best epoch")[0].splitlines() if line.startswith("|")]
+    assert len(table) > 2
+    assert "\n".join(table) in (ROOT / "README.md").read_text(), title
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_results_name_no_local_path_and_were_made_by_a_commit(folder):
+    found, notes = results.read(folder)
+    assert found and not notes
+    for run in found:
+        paths = [run.config["out"], run.config["data"], run.config["teacher"] or ""]
+        assert not any(Path(path).is_absolute() for path in paths), run.key()
+        assert run.environment["commit"] and not run.environment["commit"].endswith("-dirty"), run.key()
