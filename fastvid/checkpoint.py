@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import warnings
 import zipfile
@@ -17,20 +18,23 @@ from fastvid.errors import InputError
 from fastvid.files import write_atomic
 from fastvid.wresnet import WideResNet
 
+METADATA_KEY = "fastvid"  # of the one entry of safetensors metadata that is ours, a JSON object
 METHOD_PREFIX = "method."  # regressors and variances lie beside the network's own keys under this name
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write a .safetensors file that carries the checksum of its tensors. Returns the SHA-256 of the file, in hex."""
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> str:
+    """Write a .safetensors file that carries `metadata` and the checksum of its tensors. Returns the SHA-256 of the file, in hex."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = safetensors_bytes(tensors, {**metadata, "tensors_sha256": _checksum(tensors)})
+    text = json.dumps({**metadata, "tensors_sha256": _checksum(tensors)}, sort_keys=True)
+    content = safetensors_bytes(tensors, {METADATA_KEY: text})  # one entry: safetensors writes several in any order
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(state dict, metadata) of a .safetensors file, or of a .pth or .pt: a state dict, alone or under "model" or "state_dict".
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(state dict, metadata that save_weights wrote) of a .safetensors file, or of a .pth or .pt with a state dict.
 
+    A .pth or .pt holds the state dict alone or under "model" or "state_dict", and no metadata; nor do files of other programs.
     Raises InputError for a file that is missing, damaged or something else.
     """
     path = Path(path)
@@ -39,8 +43,9 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-        except (SafetensorError, OSError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
         if metadata.get("tensors_sha256", _checksum(tensors)) != _checksum(tensors):
             raise InputError(f"{path}: its tensors do not match the checksum in the file: it is damaged, copy it again")

@@ -20,7 +20,8 @@ from fastvid.errors import InputError, Interrupted
 def main(argv: list[str] | None = None) -> int:
     """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after an interruption."""
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

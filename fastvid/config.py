@@ -111,7 +111,7 @@ class TrainConfig:
     seed: int = 0
     """of initial weights, batches and augmentation"""
     protocol: Literal["seed", "quick"] | None = None
-    """length and batch size: seed = 200 epochs on the full set, 1000 on a reduced one; none: the data set's own"""
+    """length and batch size: seed = 200 epochs for the teacher and on the full set, 1000 on a reduced one; none: the data set's own"""
     epochs: int | None = None
     """this many epochs, whatever the protocol says"""
     batch_size: int | None = None
@@ -178,8 +178,12 @@ class TrainConfig:
         epochs = chosen.full_epochs if self.per_class is None else chosen.reduced_epochs
         if self.method == ("teacher",):
             epochs = chosen.teacher_epochs
+        epochs = self.epochs or epochs
+        if self.fitnet.schedule == "two-stage" and any("fitnet" in method_parts(method) for method in self.method):
+            _require(self.fitnet.hint_share <= (epochs - 1) / epochs, "fitnet_hint_share", self.fitnet.hint_share,
+                     f"a share that leaves one of the {epochs} epochs to the labels")
         return dataclasses.replace(
-            self, protocol=name, epochs=self.epochs or epochs, batch_size=self.batch_size or chosen.batch_size,
+            self, protocol=name, epochs=epochs, batch_size=self.batch_size or chosen.batch_size,
             evaluations=self.evaluations or chosen.evaluations, vid=self.vid.resolved())
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar with images/s and ETA on a terminal, plain lines in a log file."""
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -51,5 +52,6 @@ class Progress:
 
 def say(text: str) -> None:
     """One line to the person, above the bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):  # nobody reads on; the training shall not end for that
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()

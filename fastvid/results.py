@@ -84,7 +84,7 @@ def open_folder(path: Path) -> Path:
     marker = path / FILE
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not marker.exists() and any(path.iterdir()):
+        if not marker.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise InputError(f"{path} holds files but no {FILE}, so it is no output folder of fastvid: give --out a new or an empty folder")
         with open(marker, "ab"):
             pass

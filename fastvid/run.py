@@ -102,8 +102,8 @@ class Run:
         weights = self.folder / f"{self.name}.safetensors"
         weights_sha256 = checkpoint.save_weights(weights, tensors, {
             "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
-            "normalisation": json.dumps({"mean": data.train.mean, "std": data.train.std}), "classes": json.dumps(data.train.class_names),
-            "accuracy": f"{last.accuracy:.2f} on {data.evaluated_on}", "config": json.dumps(identity(config))})
+            "normalisation": {"mean": data.train.mean, "std": data.train.std}, "classes": data.train.class_names,
+            "accuracy": last.accuracy, "evaluated_on": data.evaluated_on, "config": identity(config)})
         result = RunResult(
             dataset=config.dataset, method=self.method, percent=data.percent, per_class=config.per_class, seed=config.seed,
             accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=data.evaluated_on,
@@ -120,17 +120,22 @@ class Run:
 def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:
     """Those of `found` that are runs of `config`, by method. Raises InputError when any does not belong into one table with them."""
     finished = {}
+    teachers = {result.weights_sha256 for result in found if result.method == "teacher"}
+    taught_by = {result.teacher_sha256 for result in found} - {None}
+    remedy = "give the old teacher or another --out"
+    if teacher_sha256 and (taught_by - {teacher_sha256} or teachers and teacher_sha256 not in teachers):
+        raise InputError(f"{config.out} holds results of another teacher (SHA-256 {min(taught_by or teachers)[:12]}, now "
+                         f"{teacher_sha256[:12]}): {remedy}")
+    if config.method == ("teacher",) and taught_by - teachers:
+        raise InputError(f"{config.out} holds students of a teacher that was given (SHA-256 {min(taught_by - teachers)[:12]}), "
+                         f"so none is trained there: {remedy}")
     for result in found:
         same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
-        remedy = "give the old settings or another --out"
-        _require_same(result.config, identity(same_run), Path(config.out) / results.FILE, remedy)
+        _require_same(result.config, identity(same_run), f"the {result.method} run in {Path(config.out) / results.FILE}",
+                      "give the old settings or another --out")
         if result.data_sha256 != data.sha256:
             raise InputError(f"{config.out} holds results of another {config.dataset}, now in {config.data} there is different data: "
                              "give the old data or another --out")
-        taught_by = result.weights_sha256 if result.method == "teacher" else result.teacher_sha256
-        if teacher_sha256 and taught_by not in (None, teacher_sha256):
-            raise InputError(f"{config.out} holds results of another teacher (SHA-256 {taught_by[:12]}, now "
-                             f"{teacher_sha256[:12]}): give the old teacher or another --out")
         if (result.per_class, result.seed) == (config.per_class, config.seed):
             finished.setdefault(result.method, result)
     return finished
@@ -146,10 +151,10 @@ def identity(config: TrainConfig) -> dict:
     return {name: value for name, value in settings.items() if name not in idle}
 
 
-def _require_same(recorded: dict, wanted: dict, path: Path, remedy: str) -> None:
+def _require_same(recorded: dict, wanted: dict, what: object, remedy: str) -> None:
     for name, value in wanted.items():
         if recorded.get(name) != value:
-            raise InputError(f"{path} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}")
+            raise InputError(f"{what} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}")
 
 
 @cache

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -90,8 +89,7 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
     images_done = first_epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
-    with stop_on_signal() as stop:
-        progress = Progress(title, config.epochs * len(data.train), images_done)
+    with stop_on_signal() as stop, closing(Progress(title, config.epochs * len(data.train), images_done)) as progress:
         last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
             started = time.perf_counter()
@@ -117,10 +115,8 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
                     run.save(done)
                 last_save = time.monotonic()
             if stop.is_set():
-                progress.close()
                 raise Interrupted(f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: "
                                   "the same command goes on from there")
-        progress.close()
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -162,7 +158,7 @@ def load_teacher(config: TrainConfig, arrays: datasets.Arrays) -> tuple[WideResN
     _, metadata = checkpoint.load_weights(config.teacher)
     ours = {"normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)}, "classes": list(arrays.class_names)}
     for name, value in ours.items():  # weights of other programs do not say
-        if name in metadata and json.loads(metadata[name]) != value:
+        if metadata.get(name, value) != value:
             raise InputError(f"{config.teacher} was trained with other {name} ({metadata[name]}) than {config.dataset} has: "
                              "take a teacher of this data set")
     return teacher, hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()

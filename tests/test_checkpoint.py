@@ -1,4 +1,5 @@
 import hashlib
+import json
 import pickle
 import random
 
@@ -245,4 +246,16 @@ def test_missing_weights_and_a_folder_in_their_place_are_named(tmp_path):
 def test_the_metadata_of_a_file_can_be_read_by_any_safetensors_reader(tmp_path):
     save_weights(tmp_path / "a.safetensors", SMALL, {"architecture": "WRN-16-1"})
     with safe_open(tmp_path / "a.safetensors", framework="np") as file:
-        assert file.metadata()["architecture"] == "WRN-16-1" and set(file.keys()) == set(SMALL)
+        assert json.loads(file.metadata()["fastvid"])["architecture"] == "WRN-16-1" and set(file.keys()) == set(SMALL)
+
+
+@pytest.mark.parametrize("metadata", [{"classes": "zero,one", "normalisation": "imagenet"}, None], ids=["of-others", "none"])
+def test_metadata_of_other_programs_says_nothing(tmp_path, metadata):
+    save_file(SMALL, tmp_path / "a.safetensors", metadata)
+    assert load_weights(tmp_path / "a.safetensors")[1] == {}
+
+
+def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path):
+    save_file(SMALL, tmp_path / "a.safetensors", {"fastvid": "{torn"})
+    with pytest.raises(InputError, match="a.safetensors: not a readable safetensors file"):
+        load_weights(tmp_path / "a.safetensors")

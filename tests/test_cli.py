@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import fastvid
-from fastvid import checkpoint, cli, datasets, train
+from fastvid import checkpoint, cli, datasets, results, train
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.wresnet import WideResNet
 
@@ -290,6 +290,13 @@ def test_a_table_can_be_piped_into_a_command_that_stops_reading(finished):
     assert ran.stderr == ""
 
 
+def test_training_goes_on_when_nobody_reads_its_progress(tmp_path):
+    command = " ".join([sys.executable, "-m", "fastvid", "train", *TINY, "--method", "student", "--out", str(tmp_path)])
+    subprocess.run(f"{command} 2>&1 | true", shell=True, check=True)
+    (result,), _ = results.read(tmp_path)
+    assert result.method == "student"
+
+
 def test_a_terminal_without_the_plus_minus_sign_still_gets_the_table(finished):
     out, _ = finished
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -304,8 +311,15 @@ def test_a_path_that_the_system_refuses_is_named(refused, option):
     assert path in refused("train", "--method", "kd", option, path, *dataset)
 
 
-def test_what_does_not_fit_into_memory_is_refused_in_one_line(refused):
-    assert "out of memory: set a smaller --batch-size" in refused("train", "--method", "student", "--student-width", "1000000")
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), MemoryError()], ids=["cpu", "gpu", "python"])
+def test_what_does_not_fit_into_memory_is_refused_in_one_line(refused, monkeypatch, error):
+    def exhausted(config):
+        raise error
+
+    monkeypatch.setattr("fastvid.train.train", exhausted)
+    assert "out of memory: set a smaller --batch-size" in refused("train", "--method", "student")
 
 
 def test_the_whole_split_is_not_given_as_a_subset(refused):

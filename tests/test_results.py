@@ -136,3 +136,8 @@ def test_a_run_is_known_by_data_set_method_subset_and_seed():
     changed = {"dataset": "cifar10", "method": "kd", "per_class": 8, "seed": 2}
     keys = {RESULT.key(), *(dataclasses.replace(RESULT, **{name: value}).key() for name, value in changed.items())}
     assert len(keys) == 5 and dataclasses.replace(RESULT, accuracy=1.0).key() == RESULT.key()
+
+
+def test_a_folder_with_nothing_but_the_lock_of_an_emptied_one_is_taken(tmp_path):
+    (tmp_path / ".lock").touch()
+    assert results.open_folder(tmp_path) == tmp_path

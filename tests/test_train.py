@@ -1,8 +1,8 @@
 """Training end to end, on tiny networks and a few digits: 40 images, 3 steps per epoch with a last short batch of 8, 10 to evaluate on."""
+import copy
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 import signal
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from fastvid import checkpoint, cli, datasets, results
 from fastvid.config import CIRCUMSTANCES, FitNetOptions, TrainConfig, VIDOptions
-from fastvid.engine import GroupStep, evaluate
+from fastvid.engine import GroupStep, Learner, evaluate
 from fastvid.errors import InputError, Interrupted
 from fastvid.loader import EvalLoader
+from fastvid.methods import build
 from fastvid.train import is_evaluated, learning_rate, train
 from fastvid.wresnet import WideResNet
 
@@ -305,23 +306,46 @@ def test_a_diverging_run_ends_with_the_method_and_a_remedy_and_leaves_no_result(
     assert files_in(config) == ["results.jsonl"] and results.read(Path(config.out)) == ([], [])
 
 
-def test_layers_above_the_hint_stand_still_until_the_hint_is_learned(tiny):
-    two_stage = FitNetOptions(schedule="two-stage", hint_share=0.5)
-    group = {}
-    for share in (0.4, 0.6):  # of two epochs: the second belongs to the labels, or to the hint as the first does
-        config = tiny(f"share{share}", "fitnet", fitnet=dataclasses.replace(two_stage, hint_share=share), weight_decay=0.1)
-        group[share], _ = weights_of(train(config)[0])
-    torch.manual_seed(0)
-    untouched = WideResNet(10, 1).state_dict()
-    above = [name for name in untouched if name.startswith(("fc.", "bn1.weight", "block3.layer.0.conv", "block3.layer.0.bn2.weight"))]
-    assert len(above) > 4
-    for name in above:
-        assert torch.equal(group[0.6][name], untouched[name]), name
-    assert not torch.equal(group[0.4]["fc.weight"], untouched["fc.weight"])
-    assert not torch.equal(group[0.6]["conv1.weight"], untouched["conv1.weight"])
+def test_layers_above_the_hint_stand_still_until_the_hint_is_learned(tiny, teacher):
+    config = tiny("a", "fitnet", fitnet=FitNetOptions(schedule="two-stage", hint_share=0.5), weight_decay=0.1)
+    taught = checkpoint.load_network(teacher, 10, 2, 10)
+    student = WideResNet(10, 1)
+    learner = Learner("fitnet", student, build("fitnet", config, student, taught), config, CPU)
+    step, before = GroupStep(taught, [learner], CPU, "fp32"), copy.deepcopy(dict(student.named_parameters()))
+    images, labels = next(iter(EvalLoader(datasets.load("digits", "", "train").subset(2), 20)))
+
+    def moved():
+        return {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+
+    above = {name for name in before if name.startswith(("fc.", "bn1.", "block3.layer.0.conv", "block3.layer.0.bn2."))}
+    step.begin_epoch(0.0)
+    for _ in range(3):
+        step(images, labels, 0.1)
+    assert len(above) == 9 and moved() == set(before) - above  # the tap lies behind block3.layer.0.bn1
+    step.begin_epoch(0.5)
+    for _ in range(3):
+        step(images, labels, 0.1)
+    assert moved() == set(before)
 
 
-def test_settings_of_other_methods_and_networks_do_not_part_results(tiny):
+def test_a_hint_that_leaves_no_epoch_to_the_labels_is_refused(tiny):
+    with pytest.raises(InputError, match="--fitnet-hint-share is 0.6, wanted a share that leaves one of the 2 epochs to the labels"):
+        train(tiny("a", "fitnet", fitnet=FitNetOptions(schedule="two-stage", hint_share=0.6)))
+
+
+def test_no_teacher_is_trained_beside_students_of_a_given_one(tiny):
+    train(tiny("a", "vid"))
+    with pytest.raises(InputError, match="holds students of a teacher that was given .* give the old teacher or another --out"):
+        train(tiny("a", "teacher"))
+    train(tiny("a", "kd"))
+
+
+def test_the_same_run_in_another_folder_writes_the_same_file(tiny):
+    (one,), (other,) = (train(tiny(name, "vid")) for name in "ab")
+    assert one.weights_sha256 == other.weights_sha256
+
+
+def test_settings_that_finished_runs_did_not_use_do_not_part_results(tiny):
     train(tiny("a", "student", teacher_width=3))
     (result,) = train(tiny("a", "vid", vid=VIDOptions(weight=3.0)))
     with pytest.raises(InputError, match="was made with vid = .*3.0.* but now it is .*4.0"):
@@ -383,10 +407,10 @@ def test_weights_say_what_they_are(tiny):
     for result in train(config):
         _, metadata = weights_of(result)
         assert metadata["architecture"] == "WRN-10-1" and metadata["dataset"] == "digits"
-        assert metadata["accuracy"] == f"{result.accuracy:.2f} on validation"
+        assert (metadata["accuracy"], metadata["evaluated_on"]) == (result.accuracy, "validation")
         train_set = datasets.load("digits", "", "train")
-        assert json.loads(metadata["normalisation"]) == {"mean": list(train_set.mean), "std": list(train_set.std)}
-        settings = json.loads(metadata["config"])
+        assert metadata["normalisation"] == {"mean": list(train_set.mean), "std": list(train_set.std)}
+        settings = metadata["config"]
         assert settings.items() <= result.config.items() and not settings.keys() & set(CIRCUMSTANCES)  # no path of this machine
         assert ("vid" in settings) == ("teacher_depth" in settings) == (result.method == "vid")  # and nothing of other methods
         assert result.weights_sha256 == hashlib.sha256(Path(config.out, result.weights).read_bytes()).hexdigest()
