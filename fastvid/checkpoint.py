@@ -45,6 +45,8 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError(f"its metadata {METADATA_KEY!r} is no JSON object")
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
         if metadata.get("tensors_sha256", _checksum(tensors)) != _checksum(tensors):

@@ -63,7 +63,7 @@ class ATOptions:
 
 
 VID_WEIGHTS = {  # λ, on the sum over taps of losses averaged over elements
-    "paper": 10.0,  # the paper gives none; in short CIFAR-10 runs 1 left the variances where they start, and 30 diverged
+    "paper": 10.0,  # our choice, the paper's is not known to us: in short CIFAR-10 runs 1 left the variances where they start, 30 diverged
     "repdistiller": 1.0,  # RepDistiller's
 }
 

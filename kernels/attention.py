@@ -11,7 +11,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, impl: str = "auto") 
 
     student: [B, Cs, H, W], teacher: [B, Ct, H, W], any floating dtype; the channel counts may differ.
     Returns a scalar, fp32 (fp64 for fp64 input).  impl: auto or reference.
-    Raises ValueError on shapes that do not fit.  Source: Zagoruyko and Komodakis, ICLR 2017, eq. 2.
+    Raises ValueError on shapes that do not fit.  Source: Zagoruyko and Komodakis, ICLR 2017.
     """
     checks.choose("attention_transfer", impl)
     checks.maps("attention_transfer", student=student, teacher=teacher)

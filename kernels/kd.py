@@ -11,7 +11,7 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
 
     student_logits, teacher_logits: [B, classes], any floating dtype.  temperature: more than 0.
     Returns a scalar, fp32 (fp64 for fp64 input).  impl: auto or reference.
-    Raises ValueError on shapes or a temperature that do not fit.  Source: Hinton et al. 2015, section 2.
+    Raises ValueError on shapes or a temperature that do not fit.  Source: Hinton et al. 2015.
     """
     checks.choose("softened_kl", impl)
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:

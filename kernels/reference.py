@@ -11,7 +11,7 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
 
         1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],   S_c = Σ_m (target - mean)²,   v = softplus(raw_scale) + eps
 
-    mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019, eq. 5 and 6.
+    mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
     """
     variance = F.softplus(raw_scale) + eps
     squares = (target - mean).square().sum(dim=(0, 2, 3))
@@ -33,7 +33,7 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
         1/(B·H·W) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over H·W,   A = mean over channels of x²
 
-    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, eq. 2, with the mean
+    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the mean
     square and the squared norm of their code.
     """
     return (attention_map(student) - attention_map(teacher)).square().mean()
@@ -47,7 +47,7 @@ def attention_map(features: Tensor) -> Tensor:
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     """T² · KL(p_teacher ‖ p_student) at temperature T, summed over classes, averaged over the batch.
 
-    student_logits, teacher_logits: [B, classes].  Source: Hinton et al. 2015, section 2.
+    student_logits, teacher_logits: [B, classes].  Source: Hinton et al. 2015.
     """
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)

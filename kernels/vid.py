@@ -14,7 +14,7 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
 
     mean, target: [B, C, H, W], any floating dtype.  raw_scale: [C]; the variance is softplus(raw_scale) + eps.
     Returns a scalar, fp32 (fp64 for fp64 input).  impl: auto or reference.
-    Raises ValueError on shapes that do not fit.  Source: Ahn et al., CVPR 2019, eq. 5 and 6.
+    Raises ValueError on shapes that do not fit.  Source: Ahn et al., CVPR 2019.
     """
     checks.choose("vid_nll", impl)
     checks.maps("vid_nll", mean=mean, target=target)

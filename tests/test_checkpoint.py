@@ -255,7 +255,8 @@ def test_metadata_of_other_programs_says_nothing(tmp_path, metadata):
     assert load_weights(tmp_path / "a.safetensors")[1] == {}
 
 
-def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path):
-    save_file(SMALL, tmp_path / "a.safetensors", {"fastvid": "{torn"})
+@pytest.mark.parametrize("text", ["{torn", "[1]"], ids=["torn", "no-object"])
+def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, text):
+    save_file(SMALL, tmp_path / "a.safetensors", {"fastvid": text})
     with pytest.raises(InputError, match="a.safetensors: not a readable safetensors file"):
         load_weights(tmp_path / "a.safetensors")

@@ -40,7 +40,7 @@ class Variant:
 
 
 VARIANTS = {
-    # Where the paper is silent (the exact place of the taps, eps, the first variances) the choice is ours.
+    # Not known to us from the paper, and so our choice: the exact place of the taps, eps, the first variances, no decay on them.
     "paper": Variant(TAPS, activated=True, hidden_multiple=2, batch_norm=True, eps=1e-5, initial_variance=5.0, decayed_scale=False),
     # RepDistiller's, from the authors' code.
     "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiple=1, batch_norm=False, eps=1e-5, initial_variance=5.0,
