@@ -5,6 +5,7 @@ Feature maps are [B, C, H, W], best channels-last; every loss is a scalar in fp3
 from fastvid.kernels import checks, reference
 from fastvid.kernels.attention import attention_transfer
 from fastvid.kernels.kd import softened_kl
-from fastvid.kernels.vid import projected_vid_nll, vid_nll
+from fastvid.kernels.projected_vid import projected_vid_nll
+from fastvid.kernels.vid import mean_squared_error, vid_nll
 
-__all__ = ["attention_transfer", "checks", "projected_vid_nll", "reference", "softened_kl", "vid_nll"]
+__all__ = ["attention_transfer", "checks", "mean_squared_error", "projected_vid_nll", "reference", "softened_kl", "vid_nll"]

@@ -2,16 +2,39 @@
 from collections.abc import Sequence
 
 import torch
+from fastvid.kernels.launch import INTERPRETED, triton
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose(op: str, impl: str) -> str:
-    """The implementation that runs for `impl`. Raises ValueError for one that does not exist."""
+def choose(op: str, impl: str, **tensors: Tensor | None) -> str:
+    """The implementation that runs for `impl`: auto takes triton for CUDA tensors and the reference for all others.
+
+    Raises ValueError where there is no such implementation, or where Triton cannot take these tensors.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op} has no implementation {impl!r}: choose from {', '.join(IMPLEMENTATIONS)}")
-    return "reference"
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if impl == "reference" or (impl == "auto" and not any(tensor.is_cuda for tensor in given.values())):
+        return "reference"
+    if triton is None:
+        raise ValueError(f"{op} runs in Triton here, which is not installed: pip install triton, or pass impl='reference'")
+    (first, device), *others = ((name, tensor.device) for name, tensor in given.items())
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{op} wants all tensors on one device, but `{first}` is on {device} and `{name}` on {other}")
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        raise ValueError(f"{op} has Triton kernels for CUDA tensors only, but `{first}` is on {device}: move the tensors, "
+                         "or pass impl='auto' or 'reference'")
+    for name, tensor in given.items():
+        if tensor.dtype not in _TRITON_DTYPES:
+            raise ValueError(f"{op} has Triton kernels for float32, bfloat16 and float16, but `{name}` is {describe(tensor)}: "
+                             f"use {name}.float(), or pass impl='reference'")
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, given.values())):
+        raise ValueError(f"{op} has no torch.func transform in Triton: pass impl='reference' under grad, vmap and their like")
+    return "triton"
 
 
 def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -20,15 +43,42 @@ def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def maps(op: str, **tensors: Tensor) -> None:
-    """Feature maps are four-dimensional and floating point, and agree in B, H and W."""
+    """Feature maps are four-dimensional and floating point, have channels, and agree in B, H and W."""
     for name, tensor in tensors.items():
-        if tensor.dim() != 4 or not tensor.is_floating_point():
+        if tensor.dim() != 4 or not tensor.is_floating_point() or not tensor.shape[1]:
             raise ValueError(f"{op} wants floating-point maps [B, C, H, W], but `{name}` is {describe(tensor)}")
     (first, reference), *others = tensors.items()
     for name, tensor in others:
         if (tensor.shape[0], *tensor.shape[2:]) != (reference.shape[0], *reference.shape[2:]):
             raise ValueError(f"{op}: `{name}` is {describe(tensor)}, but `{first}` is {describe(reference)}: "
                              "they must agree in B, H and W")
+
+
+def channels_last(op: str, **tensors: Tensor) -> None:
+    """The kernels see a channels-last map as rows of channels, and copy nothing behind the caller's back."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{op} needs channels-last maps, but `{name}` has shape {tuple(tensor.shape)} and strides {tensor.stride()}.\n"
+                             f"Use {name}.to(memory_format=torch.channels_last) where it is produced.")
+
+
+def logits(op: str, **tensors: Tensor) -> None:
+    """Two equal shapes [B, classes], floating point, with at least one class."""
+    (first, student), (second, teacher) = tensors.items()
+    if student.dim() != 2 or student.shape != teacher.shape or not student.shape[1] \
+            or not (student.is_floating_point() and teacher.is_floating_point()):
+        raise ValueError(f"{op} wants floating-point logits of two equal shapes [B, classes], but `{first}` is "
+                         f"{describe(student)} and `{second}` is {describe(teacher)}")
+
+
+def rows(op: str, most: int, **tensors: Tensor) -> None:
+    """Rows whose elements lie side by side, and of at most `most` of them."""
+    for name, tensor in tensors.items():
+        if tensor.shape[1] > most:
+            raise ValueError(f"{op} has Triton kernels for up to {most} classes, but `{name}` is {describe(tensor)}: pass impl='reference'")
+        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+            raise ValueError(f"{op} needs the classes of a row side by side, but `{name}` has shape {tuple(tensor.shape)} "
+                             f"and strides {tensor.stride()}.\nUse {name}.contiguous() where it is produced.")
 
 
 def shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:

@@ -28,6 +28,11 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     return vid_nll(F.conv2d(hidden, weight, bias), target, raw_scale, eps=eps)
 
 
+def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over all elements of (prediction - target)²; equal shapes."""
+    return F.mse_loss(prediction, target)
+
+
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two attention maps, over images and positions.
 

@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter  # first: it decides how Triton defines its kernels
 import pytest
 import torch
 
 from fastvid import datasets
+
+interpreter.mend()
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"  # beside the checkout
 

@@ -23,8 +23,10 @@ errors
 fastvid config files plan progress results datasets wresnet
 checkpoint loader table
 plots
-kernels.checks kernels.reference
+kernels.launch kernels.reference
+kernels.checks
 kernels.attention kernels.kd kernels.vid
+kernels.projected_vid
 kernels
 methods.base
 methods.at methods.fitnet methods.kd methods.vid

@@ -12,11 +12,19 @@ from fastvid.wresnet import Activations, WideResNet
 
 
 class ATLoss(nn.Module):
-    """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps; channels may differ."""
+    """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps; channels may differ.
+
+    factor, impl: as in fastvid.kernels.attention_transfer.
+    """
+
+    def __init__(self, *, factor: float = 1.0, impl: str = "auto"):
+        super().__init__()
+        self.factor, self.impl = factor, impl
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         checks.pairs("ATLoss", student_maps=student_maps, teacher_maps=teacher_maps)
-        return sum(attention_transfer(student, teacher) for student, teacher in zip(student_maps, teacher_maps))
+        return sum(attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
+                   for student, teacher in zip(student_maps, teacher_maps))
 
 
 class AttentionTransfer(Transfer):
@@ -24,7 +32,7 @@ class AttentionTransfer(Transfer):
 
     def __init__(self, options: ATOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
-        self.loss, self.weight = ATLoss(), options.weight
+        self.loss = ATLoss(factor=options.weight)
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.weight * self.loss(student.stages[1:], teacher.stages[1:])
+        return self.loss(student.stages[1:], teacher.stages[1:])

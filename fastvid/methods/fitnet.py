@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
-from fastvid.kernels import checks
+from fastvid.kernels import checks, mean_squared_error
 from fastvid.methods.base import Transfer
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
@@ -19,11 +19,12 @@ class FitNetLoss(nn.Module):
 
     student_channels, teacher_channels: of maps [B, C, H, W] that agree in B, H and W. The teacher map is one after a ReLU:
     a regressor that ends in a ReLU cannot reach negative values. Returns a scalar, fp32.
-    Raises ValueError on shapes that do not fit.
+    factor, impl: as in fastvid.kernels.vid_nll.  Raises ValueError on shapes that do not fit.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int):
+    def __init__(self, student_channels: int, teacher_channels: int, *, factor: float = 1.0, impl: str = "auto"):
         super().__init__()
+        self.factor, self.impl = factor, impl
         self.regressor = nn.Sequential(
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU(inplace=True))
 
@@ -31,7 +32,7 @@ class FitNetLoss(nn.Module):
         checks.maps("FitNetLoss", student_map=student_map, teacher_map=teacher_map)
         prediction = self.regressor(student_map)
         checks.shape("FitNetLoss", "teacher_map", teacher_map, tuple(prediction.shape))
-        return nn.functional.mse_loss(prediction.float(), teacher_map.float())
+        return mean_squared_error(prediction, teacher_map, factor=self.factor, impl=self.impl)
 
 
 class Hint(Transfer):
@@ -40,14 +41,14 @@ class Hint(Transfer):
     def __init__(self, options: FitNetOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.tap = TAPS.index(options.tap)
-        self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap])
+        self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap], factor=options.weight)
         self.options = options
         self.over = False
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
         if self.over:
             return student.logits.new_zeros((), dtype=torch.float32)
-        return self.options.weight * self.loss(student.activated[self.tap], teacher.activated[self.tap])
+        return self.loss(student.activated[self.tap], teacher.activated[self.tap])
 
     def begin_epoch(self, progress: float) -> None:
         if self.options.schedule == "two-stage":

@@ -10,14 +10,17 @@ from fastvid.wresnet import Activations, WideResNet
 
 
 class KDLoss(nn.Module):
-    """T² · KL(teacher ‖ student) of logits [B, classes] softened by the temperature T, averaged over the batch."""
+    """T² · KL(teacher ‖ student) of logits [B, classes] softened by the temperature T, averaged over the batch.
 
-    def __init__(self, temperature: float = KDOptions.temperature):
+    factor, impl: as in fastvid.kernels.softened_kl.
+    """
+
+    def __init__(self, temperature: float = KDOptions.temperature, *, factor: float = 1.0, impl: str = "auto"):
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.factor, self.impl = temperature, factor, impl
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return softened_kl(student_logits, teacher_logits, temperature=self.temperature)
+        return softened_kl(student_logits, teacher_logits, temperature=self.temperature, factor=self.factor, impl=self.impl)
 
 
 class SoftenedLogits(Transfer):
@@ -25,8 +28,7 @@ class SoftenedLogits(Transfer):
 
     def __init__(self, options: KDOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
-        self.loss = KDLoss(options.temperature)
-        self.weight, self.task_weight = options.alpha, 1 - options.alpha
+        self.loss, self.task_weight = KDLoss(options.temperature, factor=options.alpha), 1 - options.alpha
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.weight * self.loss(student.logits, teacher.logits)
+        return self.loss(student.logits, teacher.logits)

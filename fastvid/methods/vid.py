@@ -52,17 +52,19 @@ class VIDLoss(nn.Module):
     """Sum over taps of the negative log-likelihood of teacher maps given student maps; holds regressors and variances.
 
     student_channels, teacher_channels: one number per tap, of maps [B, C, H, W] that agree in B, H and W.
-    variant: a key of VARIANTS, for the regressor, eps and initial variance.  Returns a scalar, fp32.
+    variant: a key of VARIANTS, for the regressor, eps and initial variance.  factor, impl: as in fastvid.kernels.vid_nll.
+    Returns a scalar, fp32.
     Optimise its parameters together with the student's.
     """
 
-    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, variant: str = VIDOptions.variant):
+    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, variant: str = VIDOptions.variant,
+                 factor: float = 1.0, impl: str = "auto"):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"VIDLoss has no variant {variant!r}: choose from {', '.join(VARIANTS)}")
         checks.pairs("VIDLoss", student_channels=student_channels, teacher_channels=teacher_channels)
         chosen = VARIANTS[variant]
-        self.eps = chosen.eps
+        self.eps, self.factor, self.impl = chosen.eps, factor, impl
         self.regressors = nn.ModuleList(
             _Regressor(s, t, t * chosen.hidden_multiple, chosen.batch_norm) for s, t in zip(student_channels, teacher_channels))
         raw = math.log(math.expm1(chosen.initial_variance - chosen.eps))  # the inverse of softplus
@@ -71,7 +73,8 @@ class VIDLoss(nn.Module):
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         checks.pairs("VIDLoss", student_maps=student_maps, teacher_maps=teacher_maps)
         return sum(
-            projected_vid_nll(regressor.hidden(s), regressor.last.weight, regressor.last.bias, t, raw_scale, eps=self.eps)
+            projected_vid_nll(regressor.hidden(s), regressor.last.weight, regressor.last.bias, t, raw_scale,
+                              eps=self.eps, factor=self.factor, impl=self.impl)
             for regressor, raw_scale, s, t in zip(self.regressors, self.raw_scales, student_maps, teacher_maps, strict=True))
 
     def variances(self) -> list[Tensor]:
@@ -100,13 +103,13 @@ class VariationalInformation(Transfer):
     def __init__(self, options: VIDOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.variant = VARIANTS[options.variant]
-        self.weight = options.resolved().weight
         self._taps = [TAPS.index(tap) for tap in self.variant.taps]
         self.loss = VIDLoss(
-            [student.tap_channels[i] for i in self._taps], [teacher.tap_channels[i] for i in self._taps], variant=options.variant)
+            [student.tap_channels[i] for i in self._taps], [teacher.tap_channels[i] for i in self._taps],
+            variant=options.variant, factor=options.resolved().weight)
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.weight * self.loss(self._maps(student), self._maps(teacher))
+        return self.loss(self._maps(student), self._maps(teacher))
 
     def _maps(self, activations: Activations) -> list[Tensor]:
         source = activations.activated if self.variant.activated else activations.stages
