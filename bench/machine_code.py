@@ -82,8 +82,6 @@ def record(arch: int) -> list[dict]:
     try:
         for label, loss in step():
             loss().backward()
-            with torch.no_grad():
-                loss()
     finally:
         JITFunction.run, checks.INTERPRETED, projected_vid._capability = original
     return list(launches.values())
@@ -149,7 +147,7 @@ def _tool(name: str, *arguments) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="SM")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100, 120], metavar="SM", help="compute capabilities, as in sm_90")
     parser.add_argument("--only", default="", metavar="WORD", help="only variants of ops whose label holds this word")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every row, one JSON object a line")
     args = parser.parse_args()

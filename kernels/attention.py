@@ -10,7 +10,7 @@ through in tiles three times, mostly from the L2: norms, distance, gradient.
 from __future__ import annotations
 
 import torch
-from fastvid.kernels import checks, reference
+from fastvid.kernels import blocked, checks, reference
 from fastvid.kernels.launch import OPTIONS, jit, one_pass, power_of_two, save, saved, scale, tl
 from torch import Tensor
 
@@ -189,7 +189,9 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, factor: float = 1.0,
     Raises ValueError on shapes, dtypes or layouts that do not fit.  Source: Zagoruyko and Komodakis, ICLR 2017.
     """
     checks.maps("attention_transfer", student=student, teacher=teacher)
-    if checks.choose("attention_transfer", impl, student=student, teacher=teacher) == "reference":
-        return factor * reference.attention_transfer(*checks.upcast(student, teacher))
-    checks.channels_last("attention_transfer", student=student, teacher=teacher)
-    return _attention_transfer(student, teacher, factor, one_pass(student))[0]
+    if checks.choose("attention_transfer", impl, student=student, teacher=teacher) == "triton":
+        checks.channels_last("attention_transfer", student=student, teacher=teacher)
+        return _attention_transfer(student, teacher, factor, one_pass(student))[0]
+    if impl == "auto" and blocked.fits(student, teacher):
+        return factor * reference.attention_distance(blocked.energy(student), blocked.energy(teacher))
+    return factor * reference.attention_transfer(*checks.upcast(student, teacher))

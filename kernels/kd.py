@@ -128,7 +128,7 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     checks.logits("softened_kl", student_logits=student_logits, teacher_logits=teacher_logits)
     if not temperature > 0:
         raise ValueError(f"softened_kl wants a temperature of more than 0, got {temperature}")
-    if checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits) == "reference":
-        return factor * reference.softened_kl(*checks.upcast(student_logits, teacher_logits), temperature=temperature)
-    checks.rows("softened_kl", _MOST_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits)
-    return _softened_kl(student_logits, teacher_logits, temperature, factor, one_pass(student_logits))[0]
+    if checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits) == "triton":
+        checks.rows("softened_kl", _MOST_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits)
+        return _softened_kl(student_logits, teacher_logits, temperature, factor, one_pass(student_logits))[0]
+    return factor * reference.softened_kl(*checks.upcast(student_logits, teacher_logits), temperature=temperature)

@@ -276,4 +276,4 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     mean = F.conv2d(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     if chosen == "triton":
         mean = mean.contiguous(memory_format=torch.channels_last)  # as it is, but where one channel leaves the layout open
-    return vid_nll(mean, target, raw_scale, eps=eps, factor=factor, impl=chosen)
+    return vid_nll(mean, target, raw_scale, eps=eps, factor=factor, impl=impl)

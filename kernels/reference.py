@@ -13,10 +13,13 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
 
     mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
     """
+    return vid_nll_of_squares((target - mean).square().sum(dim=(0, 2, 3)), mean.numel() // mean.shape[1], raw_scale, eps=eps)
+
+
+def vid_nll_of_squares(squares: Tensor, rows: int, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """vid_nll from S [C], the only thing that it needs of the maps, and M."""
     variance = F.softplus(raw_scale) + eps
-    squares = (target - mean).square().sum(dim=(0, 2, 3))
-    rows = mean.numel() // mean.shape[1]
-    return 0.5 * (squares / variance + rows * variance.log()).sum() / mean.numel()
+    return 0.5 * (squares / variance + rows * variance.log()).sum() / (rows * len(squares))
 
 
 def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *,
@@ -41,12 +44,17 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the mean
     square and the squared norm of their code.
     """
-    return (attention_map(student) - attention_map(teacher)).square().mean()
+    return attention_distance(energy(student), energy(teacher))
 
 
-def attention_map(features: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H·W], L2-normalised; all zeros where the map is zero."""
-    return F.normalize(features.square().mean(dim=1).flatten(1), dim=1)
+def energy(features: Tensor) -> Tensor:
+    """Mean over channels of the squares: [B, C, H, W] -> [B, H·W]."""
+    return features.square().mean(dim=1).flatten(1)
+
+
+def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """attention_transfer from both energies [B, H·W], L2-normalised here; a map of zeros stays zero."""
+    return (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().mean()
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:

@@ -8,7 +8,10 @@ import os
 import numpy as np
 import torch
 
-if not torch.cuda.is_available():
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton runs: natively, or in the interpreter."""
+
+if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides when a kernel is defined
 
 from triton import language as tl

@@ -1,10 +1,12 @@
 """What every loss refuses at its border, and which implementation runs."""
 import math
 
+import interpreter
 import pytest
 import torch
 
 from fastvid import kernels
+from fastvid.kernels import checks
 
 MAP = torch.zeros(2, 3, 4, 5)
 SCALE = torch.zeros(3)
@@ -14,19 +16,64 @@ LOGITS = torch.zeros(2, 10)
 
 CALLS = {
     "vid_nll": (MAP, MAP, SCALE),
+    "mean_squared_error": (MAP, MAP),
     "projected_vid_nll": (HIDDEN, WEIGHT, SCALE, MAP, SCALE),
     "attention_transfer": (MAP, HIDDEN),
     "softened_kl": (LOGITS, LOGITS),
 }
 
 
+NCHW = torch.zeros(2, 3, 4, 5)
+LAST = NCHW.to(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("name", CALLS)
-def test_auto_and_reference_run_and_anything_else_is_refused_with_the_choices(name):
+def test_auto_and_reference_run_on_any_cpu_tensors_and_an_unknown_implementation_is_refused_with_the_choices(name):
     function, arguments = getattr(kernels, name), CALLS[name]
     assert function(*arguments) == function(*arguments, impl="auto") == function(*arguments, impl="reference")
-    for unknown in ("triton", "fast", None):
-        with pytest.raises(ValueError, match=rf"{name} has no implementation {unknown!r}: choose from auto, reference"):
+    for unknown in ("cuda", "fast", None):
+        with pytest.raises(ValueError, match=rf"{name} has no implementation {unknown!r}: choose from auto, triton, reference"):
             function(*arguments, impl=unknown)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_on_cpu_tensors_is_refused_with_the_remedy_unless_the_interpreter_runs(name, monkeypatch):
+    monkeypatch.setattr(checks, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=rf"{name} has Triton kernels for CUDA tensors only, but `\w+` is on cpu: move .* impl='auto'"):
+        getattr(kernels, name)(*CALLS[name], impl="triton")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_where_it_is_not_installed_is_refused_with_the_remedy(name, monkeypatch):
+    monkeypatch.setattr(checks, "triton", None)
+    with pytest.raises(ValueError, match=rf"{name} runs in Triton here, which is not installed: pip install triton, or pass impl='ref"):
+        getattr(kernels, name)(*CALLS[name], impl="triton")
+
+
+@pytest.mark.parametrize("name, arguments, phrase", [
+    pytest.param("vid_nll", (LAST.double(), LAST, SCALE), r"float32, bfloat16 and float16, but `mean` is float64 .*mean\.float\(\)", id="fp64"),
+    pytest.param("vid_nll", (LAST, LAST, SCALE.double()), r"`raw_scale` is float64", id="fp64-scale"),
+    pytest.param("vid_nll", (LAST, NCHW, SCALE), r"channels-last maps, but `target` has shape \(2, 3, 4, 5\) and strides \(60, 20, 5, 1\)"
+                 r"\.\nUse target\.to\(memory_format=torch\.channels_last\) where it is produced", id="nchw"),
+    pytest.param("mean_squared_error", (NCHW, LAST), r"mean_squared_error needs .* `prediction`", id="nchw-prediction"),
+    pytest.param("attention_transfer", (LAST, NCHW), r"attention_transfer needs .* `teacher`", id="nchw-teacher"),
+    pytest.param("projected_vid_nll", (HIDDEN, WEIGHT, None, LAST, SCALE), r"projected_vid_nll needs .* `hidden`", id="nchw-hidden"),
+    pytest.param("vid_nll", (LAST[:, :, ::2, ::2], LAST[:, :, ::2, ::2], SCALE), r"needs channels-last maps, but `mean`", id="strided"),
+    pytest.param("softened_kl", (LOGITS.mT, LOGITS.mT), r"classes of a row side by side, but `student_logits` .*\n.*contiguous", id="columns"),
+    pytest.param("softened_kl", (torch.zeros(1, 32769),) * 2, r"up to 32768 classes, but .* pass impl='reference'", id="too-many-classes"),
+    pytest.param("vid_nll", (LAST, LAST.to("meta"), SCALE), r"one device, but `mean` is on cpu and `target` on meta", id="devices"),
+])
+def test_tensors_that_the_kernels_cannot_take_are_named_with_the_remedy(name, arguments, phrase):
+    arguments = [x.to(interpreter.DEVICE) if x is not None and x.device.type == "cpu" else x for x in arguments]
+    with pytest.raises(ValueError, match=phrase.replace("cpu", interpreter.DEVICE)):
+        getattr(kernels, name)(*arguments, impl="triton")
+
+
+def test_maps_and_logits_without_channels_or_classes_are_refused():
+    with pytest.raises(ValueError, match=r"`student` is float32 \(2, 0, 4, 5\)"):
+        kernels.attention_transfer(MAP[:, :0], MAP)
+    with pytest.raises(ValueError, match=r"`student_logits` is float32 \(2, 0\)"):
+        kernels.softened_kl(LOGITS[:, :0], LOGITS[:, :0])
 
 
 @pytest.mark.parametrize("name, arguments, phrase", [

@@ -24,7 +24,7 @@ fastvid config files plan progress results datasets wresnet
 checkpoint loader table
 plots
 kernels.launch kernels.reference
-kernels.checks
+kernels.blocked kernels.checks
 kernels.attention kernels.kd kernels.vid
 kernels.projected_vid
 kernels
@@ -115,17 +115,18 @@ def top_level_modules_after(code):
 
 
 SIGNATURES = {  # of design.md; the default of impl chooses by device
-    "vid_nll": "(mean, target, raw_scale, *, eps=1e-05, impl='auto')",
-    "projected_vid_nll": "(hidden, weight, bias, target, raw_scale, *, eps=1e-05, impl='auto')",
-    "attention_transfer": "(student, teacher, *, impl='auto')",
-    "softened_kl": "(student_logits, teacher_logits, *, temperature=4.0, impl='auto')",
+    "vid_nll": "(mean, target, raw_scale, *, eps=1e-05, factor=1.0, impl='auto')",
+    "projected_vid_nll": "(hidden, weight, bias, target, raw_scale, *, eps=1e-05, factor=1.0, impl='auto')",
+    "attention_transfer": "(student, teacher, *, factor=1.0, impl='auto')",
+    "mean_squared_error": "(prediction, target, *, factor=1.0, impl='auto')",
+    "softened_kl": "(student_logits, teacher_logits, *, temperature=4.0, factor=1.0, impl='auto')",
 }
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_loss_functions_have_the_fixed_signature_and_a_reference_without_impl(name):
     assert bare_signature(getattr(fastvid.kernels, name)) == SIGNATURES[name]
-    reference = SIGNATURES[name].replace(", impl='auto'", "").replace(", *)", ")")
+    reference = SIGNATURES[name].replace(", factor=1.0, impl='auto'", "").replace(", *)", ")")
     assert bare_signature(getattr(fastvid.kernels.reference, name)) == reference
 
 
@@ -135,9 +136,10 @@ def test_loss_functions_have_the_fixed_signature_and_a_reference_without_impl(na
     ("plan.BatchPlan", "(num_images, batch_size, *, seed, rank=0, world_size=1)"),
     ("loader.train_loader", "(arrays, plan, *, backend='auto', device='cpu', dtype=None)"),
     ("train.train", "(config)"),
-    ("VIDLoss", "(student_channels, teacher_channels, *, variant='paper')"),
-    ("KDLoss", "(temperature=4.0)"),
-    ("FitNetLoss", "(student_channels, teacher_channels)"),
+    ("VIDLoss", "(student_channels, teacher_channels, *, variant='paper', factor=1.0, impl='auto')"),
+    ("ATLoss", "(*, factor=1.0, impl='auto')"),
+    ("KDLoss", "(temperature=4.0, *, factor=1.0, impl='auto')"),
+    ("FitNetLoss", "(student_channels, teacher_channels, *, factor=1.0, impl='auto')"),
 ])
 def test_public_names_have_the_fixed_signature(name, signature):
     assert bare_signature(public(name)) == signature
