@@ -11,10 +11,11 @@ import fastvid
 from fastvid import datasets
 from fastvid.engine import choose_device
 from fastvid.errors import InputError
+from fastvid.kernels import checks
 from fastvid.loader import choose_backend
 
 PACKAGES = {  # what each is for
-    "torch": "training", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download",
+    "torch": "training", "triton": "losses on a GPU", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download",
     "pillow": "--dataset folder", "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
 }
 
@@ -24,11 +25,17 @@ def doctor(data: str) -> str:
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
     lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-             f"device    {name}", f"loader    {choose_backend('auto')}", "losses    reference (plain PyTorch)", "", "packages"]
+             f"device    {name}", f"loader    {choose_backend('auto')}", f"losses    {_losses(device)}", "", "packages"]
     lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
     lines += ["", f"data under {data}"]
     lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]
     return "\n".join(lines)
+
+
+def _losses(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "PyTorch, in blocks (Triton's kernels run on CUDA tensors)"
+    return "Triton kernels" if checks.triton else "none on this GPU: pip install triton"
 
 
 def _version(package: str) -> str:

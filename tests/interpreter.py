@@ -14,8 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides when a kernel is defined
 
-from triton import language as tl
-from triton.runtime import interpreter
+from triton import language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 
 
 def mend() -> None:

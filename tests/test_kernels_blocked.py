@@ -1,9 +1,9 @@
 """The CPU path in blocks against the plain expressions: the same sums and gradients, whatever the blocks, layout and use."""
 import pytest
 import torch
+from fastvid.kernels import blocked, reference
 
 from fastvid import kernels
-from fastvid.kernels import blocked, reference
 
 CASES = [
     pytest.param((4, 16, 8, 8), torch.bfloat16, id="stem-bf16"),
