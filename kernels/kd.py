@@ -15,7 +15,7 @@ from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, s
 from torch import Tensor
 
 _MOST_CLASSES = 32768  # a row is kept in the registers of one program
-_TILE = 1024           # logits of one program, unless a row is longer
+_TILE = 2048           # logits of one program, unless a row is longer: 128 images of 10 classes, so that one launch does it all
 
 
 @jit
@@ -81,7 +81,10 @@ def _launch(student, teacher, upstream, temperature, factor, *, with_loss, with_
 @torch.library.custom_op("fastvid::softened_kl", mutates_args=())
 def _softened_kl(student: Tensor, teacher: Tensor, temperature: float, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     loss, gradient = _launch(student, teacher, None, temperature, factor, with_loss=True, with_gradient=with_gradient)
-    total = loss.sum() if student.numel() else loss.new_full((), float("nan"))  # the mean of nothing
+    if not student.numel():
+        total = loss.new_full((), float("nan"))  # the mean of nothing
+    else:
+        total = loss.sum() if len(loss) > 1 else loss.view(())
     return total, student.new_empty(0) if gradient is None else gradient, loss.new_empty(0)
 
 

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
 from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, save, saved, scale, tl
-from fastvid.kernels.vid import column_sums, finish_channels, inverse_count, variance_of, vid_nll
+from fastvid.kernels.vid import FINISH_TILE, FINISH_WARPS, column_sums, finish_channels, inverse_count, variance_of, vid_nll
 from torch import Tensor
 
-_SUM_BLOCK = 256  # elements of the weight's gradient that one program adds up
+_SUM_BLOCK = 64  # elements of the weight's gradient that one program adds up: 256-byte rows, and enough programs for all rows at once
 
 
 class _Launch(NamedTuple):
@@ -155,7 +155,8 @@ def _finish_kernel(
     raw_scale_ptr, loss_ptr,
     parameters_ptr,            # fp32: raw_scale [C], bias [C], then weight [C, K] if there are partial sums of it
     programs, eps, factor, inverse_count,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_WEIGHT_PROGRAMS: tl.constexpr,
 ):
     """The first program finishes what has C elements, each other one a block of the weight's gradient."""
     block = tl.program_id(0)
@@ -168,7 +169,7 @@ def _finish_kernel(
     elif weight_partial_ptr is not None:
         offs_w = (block - 1) * BLOCK + tl.arange(0, BLOCK)
         mask_w = offs_w < CHANNELS * HIDDEN
-        sums = column_sums(weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, 8)
+        sums = column_sums(weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, BLOCK_WEIGHT_PROGRAMS)
         tl.store(parameters_ptr + 2 * CHANNELS + offs_w, sums, mask=mask_w)
 
 
@@ -208,8 +209,8 @@ def _projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targ
     with torch.cuda.device_of(hidden):
         _finish_kernel[(1 + cdiv(size, _SUM_BLOCK),)](
             squares, residuals, weight_partial, raw_scale, loss, parameters, programs, eps, factor, inverse_count(target, factor),
-            CHANNELS=channels, HIDDEN=width, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=2048 // block_channels, BLOCK=_SUM_BLOCK,
-            num_warps=4, **OPTIONS)
+            CHANNELS=channels, HIDDEN=width, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=FINISH_TILE // block_channels,
+            BLOCK=_SUM_BLOCK, BLOCK_WEIGHT_PROGRAMS=FINISH_TILE // _SUM_BLOCK, num_warps=FINISH_WARPS, **OPTIONS)
     return loss, hidden.new_empty(0) if gradient is None else gradient, parameters
 
 

@@ -22,6 +22,8 @@ _WIDEST = 128  # channels of one tile; a 256-byte row of bf16 is two full cache 
 # Four programs for each of an H100's 132 multiprocessors, so that one round of them reads the map, and few partial sums
 # remain. A constant, not the machine's count: the bits of a sum depend on how it is cut.
 _PROGRAMS = 512
+# The finishing program is alone and waits for memory: 16 warps with 16 values a thread in flight end it in one to four rounds.
+FINISH_TILE, FINISH_WARPS = 8192, 16
 
 
 @jit
@@ -167,7 +169,8 @@ def _vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float,
     with torch.cuda.device_of(mean):
         _finish_kernel[(blocks,)](
             partial, raw_scale, loss, scale_gradient, programs, eps, factor, inverse_count(mean, factor),
-            CHANNELS=channels, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=_TILE // block_channels, num_warps=4, **OPTIONS)
+            CHANNELS=channels, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=FINISH_TILE // block_channels,
+            num_warps=FINISH_WARPS, **OPTIONS)
     return loss.sum() if blocks > 1 else loss.view(()), mean.new_empty(0) if gradient is None else gradient, scale_gradient
 
 

@@ -35,5 +35,12 @@ def mend() -> None:
     def create_fp_to_fp(self, source, target, rounding):
         return self.cast_impl(source, target)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):  # Triton 3.6 makes an int of an array [1], which NumPy 2.4 refuses
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl, builder.create_dot, builder.create_fp_to_fp = cast_impl, create_dot, create_fp_to_fp
     builder.create_fp_trunc = builder.create_fp_ext = lambda self, source, target: self.cast_impl(source, target)
