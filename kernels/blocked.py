@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from fastvid.kernels import checks
 from torch import Tensor
 
 _BLOCK = 65536  # elements for each thread: 256 KB in fp32, so that two of them fit into its L2
@@ -19,7 +20,7 @@ def fits(*maps: Tensor) -> bool:
     """Whether blocks serve these maps: channels-last, on a CPU, single or half precision, and neither compiled nor transformed."""
     return not torch.compiler.is_compiling() and all(
         x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last) and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in maps)
+        and x.is_contiguous(memory_format=torch.channels_last) and not checks.transformed(x) for x in maps)
 
 
 def squared_residuals(mean: Tensor, target: Tensor) -> Tensor:

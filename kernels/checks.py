@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import torch
 from fastvid.kernels.launch import INTERPRETED, triton
 from torch import Tensor
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,9 +33,15 @@ def choose(op: str, impl: str, **tensors: Tensor | None) -> str:
         if tensor.dtype not in _TRITON_DTYPES:
             raise ValueError(f"{op} has Triton kernels for float32, bfloat16 and float16, but `{name}` is {describe(tensor)}: "
                              f"use {name}.float(), or pass impl='reference'")
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, given.values())):
-        raise ValueError(f"{op} has no torch.func transform in Triton: pass impl='reference' under grad, vmap and their like")
+    if not torch.compiler.is_compiling() and any(map(transformed, given.values())):
+        raise ValueError(f"{op} has no torch.func transform in Triton and no forward-mode derivative: pass impl='reference' under "
+                         "grad, vmap, jvp and their like")
     return "triton"
+
+
+def transformed(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a torch.func transform or carries a forward-mode tangent."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def upcast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -39,6 +39,11 @@ def one_pass(gradient_of: Tensor) -> bool:
     return torch.is_grad_enabled() and gradient_of.requires_grad and gradient_of.dtype != torch.float16
 
 
+def dense(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels read it. Maps are refused instead (checks.channels_last): this copies a few kilobytes at most."""
+    return None if parameter is None else parameter.contiguous()
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
-from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, save, saved, scale, tl
 from fastvid.kernels.vid import FINISH_TILE, FINISH_WARPS, column_sums, finish_channels, inverse_count, variance_of, vid_nll
 from torch import Tensor
 
@@ -199,6 +199,7 @@ def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, w
 def _projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, eps: float,
                        factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The third output holds the gradients of raw_scale, bias and, if asked, weight in one row."""
+    weight, bias, raw_scale = map(dense, (weight, bias, raw_scale))
     squares, residuals, gradient, weight_partial = _launch(
         hidden, weight, bias, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient)
     programs, channels = squares.shape
@@ -226,7 +227,7 @@ def _projected_vid_nll_gradient(upstream: Tensor, hidden: Tensor, weight: Tensor
                                 raw_scale: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and of weight (fp32 [C, K]) from the maps themselves."""
     _, _, gradient, weight_partial = _launch(
-        hidden, weight, bias, target, raw_scale, upstream, eps, factor, with_loss=False, with_gradient=True)
+        hidden, dense(weight), dense(bias), target, dense(raw_scale), upstream, eps, factor, with_loss=False, with_gradient=True)
     return gradient, weight_partial.sum(0)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, save, saved, scale, tl
 from torch import Tensor
 
 # 4,096 elements and 4 warps: each thread has four 16-byte loads of both bf16 maps in flight, 16 KB a program.
@@ -160,7 +160,7 @@ def inverse_count(target: Tensor, factor: float) -> float:
 @torch.library.custom_op("fastvid::vid_nll", mutates_args=())
 def _vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float,
              with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    raw_scale = None if raw_scale is None else raw_scale.contiguous()
+    raw_scale = dense(raw_scale)
     partial, gradient = _launch(mean, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient)
     programs, channels = partial.shape
     block_channels = min(power_of_two(channels), _WIDEST)
@@ -184,7 +184,7 @@ def _(mean, target, raw_scale, eps, factor, with_gradient):
 @torch.library.custom_op("fastvid::vid_nll_gradient", mutates_args=())
 def _vid_nll_gradient(upstream: Tensor, mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float) -> Tensor:
     """Gradient of `mean` from the maps themselves. That of `target` is this one with the maps in each other's place."""
-    return _launch(mean, target, raw_scale, upstream, eps, factor, with_loss=False, with_gradient=True)[1]
+    return _launch(mean, target, dense(raw_scale), upstream, eps, factor, with_loss=False, with_gradient=True)[1]
 
 
 @_vid_nll_gradient.register_fake
@@ -193,7 +193,8 @@ def _(upstream, mean, target, raw_scale, eps, factor):
 
 
 def _backward(ctx, upstream, *_):
-    (mean, target, raw_scale, eps, factor, _), scale_gradient = saved(ctx, "vid_nll")
+    op = "vid_nll" if isinstance(ctx.saved_tensors[2], Tensor) else "mean_squared_error"
+    (mean, target, raw_scale, eps, factor, _), scale_gradient = saved(ctx, op)
     mean_gradient, scale_gradient = scale(ctx, upstream, scale_gradient)
     target_gradient = None
     if mean_gradient is None and ctx.needs_input_grad[0]:

@@ -24,7 +24,8 @@ fastvid config files plan progress results datasets wresnet
 checkpoint loader table
 plots
 kernels.launch kernels.reference
-kernels.blocked kernels.checks
+kernels.checks
+kernels.blocked
 kernels.attention kernels.kd kernels.vid
 kernels.projected_vid
 kernels
