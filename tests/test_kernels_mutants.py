@@ -120,7 +120,8 @@ def cases() -> dict[str, Case]:
         return torch.randint(-1, 2, shape, generator=generator).to(dtype)
 
     def case(formula, *tensors, wanted=(), factor=1.0, upstream=(0.5, 3.0), **options):
-        tensors = [t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t for t in tensors]
+        tensors = [t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 and t.shape[2:] != (1, 1) else t
+                   for t in tensors]  # a weight keeps its strides
         for position in wanted:
             tensors[position].requires_grad_()
         return Case(formula, tuple(tensors), options, factor, upstream)
