@@ -246,12 +246,18 @@ def _backward(ctx, upstream, *_):
     needs = ctx.needs_input_grad
     return (
         hidden_gradient if needs[0] else None,
-        weight_gradient.view(weight.shape).to(weight.dtype) if needs[1] else None,
+        _like(weight_gradient.to(weight.dtype), weight) if needs[1] else None,
         bias_gradient.to(bias.dtype) if needs[2] else None,
         None,
         scale_gradient.to(raw_scale.dtype) if needs[4] else None,
         None, None, None,
     )
+
+
+def _like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient in the shape of the weight, and in its strides where they only name sides of one: DDP wants them equal."""
+    gradient = gradient.view(weight.shape)
+    return gradient.as_strided(weight.shape, weight.stride()) if weight.stride()[:2] == gradient.stride()[:2] else gradient
 
 
 _projected_vid_nll.register_autograd(_backward, setup_context=save)
