@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
 from torch import Tensor
 
 _IN_REGISTERS = 32768  # elements of a student map: 64 a thread at 16 warps
@@ -167,7 +167,8 @@ def _(upstream, student, teacher, factor):
 
 
 def _backward(ctx, upstream, *_):
-    (student, teacher, factor, _), nothing = saved(ctx, "attention_transfer")
+    (student, teacher, factor, _), nothing = saved(ctx)
+    refuse_second_derivative("attention_transfer")
     student_gradient, teacher_gradient = scale(ctx, upstream, nothing)[0], None
     if student_gradient is None and ctx.needs_input_grad[0]:
         student_gradient = _attention_transfer_gradient(upstream, student, teacher, factor)

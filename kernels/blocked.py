@@ -20,7 +20,7 @@ def fits(*maps: Tensor) -> bool:
     """Whether blocks serve these maps: channels-last, on a CPU, single or half precision, and neither compiled nor transformed."""
     return not torch.compiler.is_compiling() and all(
         x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last) and not checks.transformed(x) for x in maps)
+        and x.is_contiguous(memory_format=torch.channels_last) and not x.is_inference() and not checks.transformed(x) for x in maps)
 
 
 def squared_residuals(mean: Tensor, target: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def maps(op: str, **tensors: Tensor) -> None:
 def channels_last(op: str, **tensors: Tensor) -> None:
     """The kernels see a channels-last map as rows of channels, and copy nothing behind the caller's back."""
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous(memory_format=torch.channels_last):
+        if tensor.numel() and not tensor.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"{op} needs channels-last maps, but `{name}` has shape {tuple(tensor.shape)} and strides {tensor.stride()}.\n"
                              f"Use {name}.to(memory_format=torch.channels_last) where it is produced.")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from fastvid.kernels import checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
 from torch import Tensor
 
 _MOST_CLASSES = 32768  # a row is kept in the registers of one program
@@ -106,7 +106,8 @@ def _(upstream, student, teacher, temperature, factor, of_teacher):
 
 
 def _backward(ctx, upstream, *_):
-    (student, teacher, temperature, factor, _), nothing = saved(ctx, "softened_kl")
+    (student, teacher, temperature, factor, _), nothing = saved(ctx)
+    refuse_second_derivative("softened_kl")
     student_gradient, teacher_gradient = scale(ctx, upstream, nothing)[0], None
     if student_gradient is None and ctx.needs_input_grad[0]:
         student_gradient = _softened_kl_gradient(upstream, student, teacher, temperature, factor, False)

@@ -2,9 +2,10 @@
 
 One pass: a forward that is going to be differentiated writes the gradient of its first map together with the loss, as if the
 upstream gradient were 1. Backward then launches `rescale`, which reads the upstream gradient on the device and returns at once
-when it is 1: no synchronisation, and no further traffic unless the caller multiplied the loss. What is known to multiply it (a
-transfer weight) belongs into `factor`. In fp16 an unscaled gradient (about 5e-8) lies below the smallest number, so there the
-forward writes none, and backward reads the maps again with the upstream gradient at hand.
+when it is 1: no synchronisation, and no further traffic unless the caller multiplied the loss (or torch.compile runs, whose Inductor
+copies the gradient first, seen on a CPU). What is known to multiply it (a transfer weight) belongs into `factor`.
+In fp16 an unscaled gradient (about 5e-8) lies below the smallest number, so there the forward writes none, and backward reads the
+maps again with the upstream gradient at hand.
 """
 from __future__ import annotations
 
@@ -35,8 +36,9 @@ def jit(function: Callable) -> Callable:
 
 
 def one_pass(gradient_of: Tensor) -> bool:
-    """Whether forward shall write the gradient of this tensor."""
-    return torch.is_grad_enabled() and gradient_of.requires_grad and gradient_of.dtype != torch.float16
+    """Whether forward shall write the gradient of this tensor. Not under activation checkpointing, which keeps nothing until backward."""
+    return (torch.is_grad_enabled() and gradient_of.requires_grad and gradient_of.dtype != torch.float16
+            and (torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None))
 
 
 def dense(parameter: Tensor | None) -> Tensor | None:
@@ -99,17 +101,22 @@ def save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, gradient, parameters = output
     ctx.mark_non_differentiable(gradient, parameters)
     ctx.set_materialize_grads(False)
-    ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs), parameters)
+    kept = [value if isinstance(value, Tensor) and not value.is_inference() else None for value in inputs]
+    # A teacher's map may come from inference_mode, and autograd refuses to keep such tensors.
+    ctx.inputs = [value if tensor is None else None for value, tensor in zip(inputs, kept)]
+    ctx.save_for_backward(*kept, parameters)
     ctx.gradient = gradient if gradient.numel() else None  # handed on by the first backward, which scales it in place
 
 
-def saved(ctx, op: str) -> tuple[list, Tensor]:
-    """The inputs of forward, and the gradients of its parameters. Refuses a backward that shall be differentiated itself."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative in Triton: call it with impl='reference' under create_graph=True")
+def saved(ctx) -> tuple[list, Tensor]:
+    """The inputs of forward, and the gradients of its parameters."""
     *tensors, parameters = ctx.saved_tensors
     return [value if tensor is None else tensor for value, tensor in zip(ctx.inputs, tensors)], parameters
+
+
+def refuse_second_derivative(op: str) -> None:
+    if torch.is_grad_enabled():  # in a backward: create_graph
+        raise RuntimeError(f"{op} has no second derivative in Triton: call it with impl='reference' under create_graph=True")
 
 
 def scale(ctx, upstream: Tensor, parameters: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
 from fastvid.kernels.vid import FINISH_TILE, FINISH_WARPS, column_sums, finish_channels, inverse_count, variance_of, vid_nll
 from torch import Tensor
 
@@ -237,7 +237,8 @@ def _(upstream, hidden, weight, bias, target, raw_scale, eps, factor):
 
 
 def _backward(ctx, upstream, *_):
-    (hidden, weight, bias, target, raw_scale, eps, factor, _), parameters = saved(ctx, "projected_vid_nll")
+    (hidden, weight, bias, target, raw_scale, eps, factor, _), parameters = saved(ctx)
+    refuse_second_derivative("projected_vid_nll")
     hidden_gradient, parameters = scale(ctx, upstream, parameters)
     channels = weight.shape[0]
     scale_gradient, bias_gradient, weight_gradient = parameters[:channels], parameters[channels:2 * channels], parameters[2 * channels:]

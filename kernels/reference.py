@@ -33,7 +33,7 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over all elements of (prediction - target)²; equal shapes."""
-    return F.mse_loss(prediction, target)
+    return (prediction - target).square().mean()
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:

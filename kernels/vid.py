@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
 from torch import Tensor
 
 # 4,096 elements and 4 warps: each thread has four 16-byte loads of both bf16 maps in flight, 16 KB a program.
@@ -193,8 +193,8 @@ def _(upstream, mean, target, raw_scale, eps, factor):
 
 
 def _backward(ctx, upstream, *_):
-    op = "vid_nll" if isinstance(ctx.saved_tensors[2], Tensor) else "mean_squared_error"
-    (mean, target, raw_scale, eps, factor, _), scale_gradient = saved(ctx, op)
+    (mean, target, raw_scale, eps, factor, _), scale_gradient = saved(ctx)
+    refuse_second_derivative("mean_squared_error" if raw_scale is None else "vid_nll")
     mean_gradient, scale_gradient = scale(ctx, upstream, scale_gradient)
     target_gradient = None
     if mean_gradient is None and ctx.needs_input_grad[0]:

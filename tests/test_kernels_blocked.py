@@ -78,6 +78,16 @@ def test_maps_that_blocks_do_not_serve_take_the_reference(inputs):
             assert torch.equal(function(*inputs), function(*inputs, impl="reference"))
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_teacher_that_ran_in_inference_mode_teaches_as_any_other(name, impl):
+    student, teacher = (x.detach() for x in maps((2, 3, 4, 5), torch.float32))
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    gradients = [torch.autograd.grad(CALLS[name](student.requires_grad_(), x, impl=impl), student)[0] for x in (teacher, inferred)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_sums_themselves_in_float32_are_those_of_the_reference():
     mean, target = maps((4, 16, 8, 8), torch.float32)
     torch.testing.assert_close(blocked.squared_residuals(mean, target), (target - mean).square().sum(dim=(0, 2, 3)))
