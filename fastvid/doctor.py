@@ -15,8 +15,8 @@ from fastvid.kernels import checks
 from fastvid.loader import choose_backend
 
 PACKAGES = {  # what each is for
-    "torch": "training", "triton": "losses on a GPU", "numpy": "data", "safetensors": "weights", "tqdm": "progress", "torchvision": "--download",
-    "pillow": "--dataset folder", "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
+    "torch": "training", "triton": "losses on a GPU", "numpy": "data", "safetensors": "weights", "tqdm": "progress",
+    "torchvision": "--download", "pillow": "--dataset folder", "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
 }
 
 

@@ -61,9 +61,9 @@ def _blocks(channels: int, hidden: int) -> tuple[int, int]:
 
 
 def _fits(hidden: Tensor, weight: Tensor, target: Tensor) -> bool:
-    """Whether the kernel takes this projection: 16-bit, of a width in the table, and with a target that no gradient flows to."""
+    """Whether the kernel takes this projection: 16-bit, not empty, of a width in the table, with a target that no gradient flows to."""
     blocks = _blocks(*weight.shape[:2])
-    return (hidden.dtype in (torch.bfloat16, torch.float16) and blocks in _LAUNCHES and not target.requires_grad
+    return (hidden.dtype in (torch.bfloat16, torch.float16) and blocks in _LAUNCHES and target.numel() > 0 and not target.requires_grad
             and (blocks[0] < 128 or _capability(hidden) in (9, 10)))
 
 
@@ -179,7 +179,7 @@ def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, w
     (channels, width), rows = weight.shape[:2], target.numel() // target.shape[1]
     block_channels, block_hidden = _blocks(channels, width)
     cut = _LAUNCHES[block_channels, block_hidden]
-    tiles = cdiv(max(rows, 1), cut.rows)
+    tiles = cdiv(rows, cut.rows)
     tiles_each = cdiv(tiles, cut.programs)
     programs = cdiv(tiles, tiles_each)
     scalars = {"dtype": torch.float32, "device": hidden.device}

@@ -1,0 +1,331 @@
+"""What the losses cost: plain PyTorch, the same under torch.compile, and ours (Triton; blocks on a CPU), beside a plain copy.
+
+    python -m pytest bench/test_losses.py [--rows FILE.jsonl] [--dtype bf16] [--quick]
+
+Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Every call is compared with the float64 reference on the same
+inputs before it is timed, in the form in which it is timed: of a CUDA graph, with what a replay writes over NaN.
+
+On a GPU the time is that of triton.testing.do_bench: between two events, after the L2 was overwritten. Of a call launched by the
+host it holds the gaps in which the GPU waits for Python. In a graph it holds the graph's start (microseconds), and the zeros that
+cleared the L2 have yet to reach memory when it starts. Both hardly count in a graph of eight calls, each on inputs of its own,
+which nothing has touched since. The rows of `copy`, as many bytes launched the same way, say what each way leaves of the bandwidth.
+"""
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fastvid.kernels.launch import triton
+from torch import Tensor
+
+from fastvid import kernels
+from fastvid.config import TrainConfig
+from fastvid.engine import GroupStep, Learner
+from fastvid.methods import build
+from fastvid.wresnet import TAPS, WideResNet, channels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TEACHER, STUDENT = dict(zip(TAPS, channels(2))), dict(zip(TAPS, channels(1)))
+SIDE = dict(zip(TAPS, (32, 32, 16, 8)))
+PARAMETERS = ("weight", "bias", "raw_scale")  # fp32; every other argument is a map, or logits
+
+OPS = {  # where each is measured; `all` is the sum over taps that a training step takes
+    "vid_nll": (*TAPS, "all"),
+    "projected_vid_nll": (*TAPS, "all"),
+    "attention_transfer": (*TAPS, "all"),
+    "softened_kl": ("10", "100", "1000"),  # classes
+    "mean_squared_error": ("group2",),  # FitNet's hint
+}
+QUICK = ("group2", "10")
+IMPLEMENTATIONS = ("reference", "compile", "blocked", "triton")
+CONVOLUTION = "conv+triton"  # of projected_vid_nll: what it would be without a kernel of its own
+HOST, GRAPH, EIGHT = "host", "graph", "graph-of-8"
+WAYS = (  # forward alone is without gradients, as in evaluation; both are what training does
+    ("forward", HOST), ("forward", GRAPH),
+    ("forward+backward", HOST), ("forward+backward", GRAPH), ("forward+backward", EIGHT),
+)
+# Root mean square of the error over that of the reference. A rounding to bf16 is 1e-3, to fp16 1.4e-4, a convolution in TF32 3e-4;
+# the longest chain here has three. Tests hold the kernels to less; this asks whether it is the same function.
+TOLERANCES = {"bf16": 1e-2, "fp16": 1e-3, "fp32": 1e-3}
+
+
+def pytest_generate_tests(metafunc):
+    quick = metafunc.config.option.quick
+    if metafunc.function is test_loss:
+        cases = [(op, tap, impl, *way) for op, taps in OPS.items() for tap in taps if not quick or tap in QUICK
+                 for impl in implementations(op) for way in WAYS]
+        metafunc.parametrize("op, tap, impl, passes, launch", cases, ids=map("-".join, cases))
+    elif metafunc.function is test_copy:
+        metafunc.parametrize("launch", (HOST, GRAPH, EIGHT))
+        metafunc.parametrize("tap", QUICK[:1] if quick else OPS["vid_nll"])
+
+
+# What is measured
+
+def implementations(op: str) -> list[str]:
+    impls = [impl for impl in IMPLEMENTATIONS if (op, impl) != ("softened_kl", "blocked")]  # logits are no map to cut into blocks
+    return [*impls, CONVOLUTION] if op == "projected_vid_nll" else impls
+
+
+def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
+    """The arguments of one loss, or for `all` of each in the sum: shape by name. A gradient goes to the first and to parameters."""
+    if tap == "all":
+        taps = TAPS[1:] if op == "attention_transfer" else TAPS  # AT leaves the stem out
+        return [one for name in taps for one in shapes(op, name, batch)]
+    if op == "softened_kl":
+        return [dict.fromkeys(("student_logits", "teacher_logits"), (batch, int(tap)))]
+    size, wide = (SIDE[tap], SIDE[tap]), TEACHER[tap]
+    teacher = (batch, wide, *size)
+    return [{
+        "vid_nll": {"mean": teacher, "target": teacher, "raw_scale": (wide,)},
+        "projected_vid_nll": {"hidden": (batch, 2 * wide, *size), "weight": (wide, 2 * wide, 1, 1), "bias": (wide,),
+                              "target": teacher, "raw_scale": (wide,)},  # the hidden width of VIDLoss
+        "attention_transfer": {"student": (batch, STUDENT[tap], *size), "teacher": teacher},
+        "mean_squared_error": {"prediction": teacher, "target": teacher},
+    }[op]]
+
+
+def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dtype) -> int:
+    """What memory must move at least: each map read once and the gradient of the first written once, as the modules derive it.
+
+        vid_nll             2 maps forward, 3 with backward             vid.py
+        projected_vid_nll   K + C channels of M rows, 2K + C            projected_vid.py
+        attention_transfer  Cs + Ct channels of M rows, 2Cs + Ct        attention.py
+        softened_kl         2BK logits, 3BK                             kd.py
+        mean_squared_error  as vid_nll                                  vid.py
+
+    In fp16 backward reads again, because only then is the scale of the gradient known (launch.py). Not counted: parameters and
+    their gradients, 2.5 % of the maps at most (projection, group3), and partial sums, which stay in the L2.
+    """
+    maps = [[int(np.prod(shape)) for name, shape in one.items() if name not in PARAMETERS] for one in arguments]
+    read, written = sum(map(sum, maps)), sum(sizes[0] for sizes in maps)
+    elements = read if passes == "forward" else read * (1 + (dtype == torch.float16)) + written
+    return elements * dtype.itemsize
+
+
+def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> list[dict[str, Tensor]]:
+    """Normal random inputs; maps channels-last. Parameters are rounded to `dtype` too, so that all implementations see the same."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def tensor(name: str, shape: tuple, first: bool) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=DEVICE)
+        if name == "weight":
+            values /= shape[1] ** 0.5
+        values = values.to(dtype).float() if name in PARAMETERS else values.to(dtype)
+        values = values.to(memory_format=torch.channels_last) if len(shape) == 4 else values
+        return values.requires_grad_(first or name in PARAMETERS)
+
+    return [{name: tensor(name, shape, index == 0) for index, (name, shape) in enumerate(one.items())} for one in arguments]
+
+
+def total(loss: Callable) -> Callable:
+    """The sum of a loss over taps, as a loss module takes it."""
+    return lambda inputs: sum([loss(**one) for one in inputs])
+
+
+@lru_cache(maxsize=1)  # the tests of one implementation stand side by side and share its compilation
+def implementation(op: str, tap: str, impl: str) -> Callable:
+    if impl == CONVOLUTION:
+        return total(convolution_then_vid_nll)
+    if impl == "compile":
+        torch._dynamo.reset()  # its limit of recompilations is for all shapes of one function together
+        return torch.compile(total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False)
+    return total(partial(getattr(kernels, op), impl="auto" if impl == "blocked" else impl))
+
+
+def convolution_then_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, raw_scale: Tensor) -> Tensor:
+    mean = F.conv2d(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+    return kernels.vid_nll(mean, target, raw_scale, impl="triton")
+
+
+def run(loss: Callable, inputs: list[dict[str, Tensor]], upstream: Tensor | None) -> list[Tensor]:
+    """The loss, and with an upstream gradient those of all inputs that want one.
+
+    What is returned holds no autograd graph: one made on another stream would break the capture of the next.
+    """
+    if upstream is None:
+        with torch.no_grad():
+            return [loss(inputs)]
+    value = loss(inputs)
+    return [value.detach(), *torch.autograd.grad(value, [t for one in inputs for t in one.values() if t.requires_grad], upstream)]
+
+
+def expected(op: str, inputs: list[dict[str, Tensor]], upstream: Tensor | None) -> list[Tensor]:
+    """What `run` shall return, in float64."""
+    doubles = [{name: t.detach().double().requires_grad_(t.requires_grad) for name, t in one.items()} for one in inputs]
+    return run(total(getattr(kernels.reference, op)), doubles, None if upstream is None else upstream.double())
+
+
+def copy(source: Tensor, target: Tensor) -> list[Tensor]:
+    return [target.copy_(source)]
+
+
+# How it is measured
+
+@lru_cache(maxsize=1)
+def side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def capture(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, list[list[Tensor]]]:
+    """One CUDA graph of all calls, and their outputs, which each replay writes anew."""
+    stream = side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and runs whatever happens on a first call only
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # to unload a kernel that nobody uses any more would invalidate the capture
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = [call() for call in calls]
+    finally:
+        gc.enable()
+    return graph, outputs
+
+
+def launched(calls: list[Callable], launch: str) -> tuple[Callable, list[list[Tensor]]]:
+    """What to time, and what it has computed."""
+    if launch == HOST:
+        (call,) = calls
+        return call, [call()]
+    graph, outputs = capture(calls)
+    for tensor in (tensor for tensors in outputs for tensor in tensors):
+        tensor.fill_(float("nan"))
+    graph.replay()
+    return graph.replay, outputs
+
+
+def assert_close(outputs: list[list[Tensor]], wanted: list[list[Tensor]], tolerance: float) -> None:
+    for number, (given, right) in enumerate(zip(outputs, wanted, strict=True)):
+        for index, (one, other) in enumerate(zip(given, right, strict=True)):
+            error = ((one.double() - other).norm() / other.norm()).item()
+            assert error <= tolerance, f"output {index} of call {number} is off by {error:.2g} of its norm"  # NaN fails too
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """p50, p20, p80, to four digits."""
+    return [float(f"{value:.4g}") for value in np.quantile(values, (0.5, 0.2, 0.8))]
+
+
+def gpu_microseconds(call: Callable, quick: bool) -> list[float]:
+    """p50, p20, p80 by events, each time with the L2 overwritten before."""
+    times = triton.testing.do_bench(call, warmup=10, rep=10 if quick else 40, quantiles=(0.5, 0.2, 0.8))  # milliseconds
+    return [1e3 * value for value in times]
+
+
+def wall_microseconds(call: Callable, rounds: int) -> list[float]:
+    """p50, p20, p80 by the host's clock."""
+    times = []
+    for _ in range(1 + rounds):
+        synchronize()
+        started = time.perf_counter()
+        call()
+        synchronize()
+        times.append(1e6 * (time.perf_counter() - started))
+    return quantiles(times[1:])  # the first one warms up
+
+
+@pytest.fixture(scope="session")
+def copy_gb_per_s(pytestconfig):
+    """Bandwidth of a copy far larger than any cache, bytes read plus bytes written."""
+    quick = pytestconfig.option.quick
+    source = torch.rand((64 if quick else 512) << 18, device=DEVICE)  # MiB of fp32
+    call = partial(copy, source, torch.empty_like(source))
+    time_us = gpu_microseconds(call, quick) if ON_GPU else wall_microseconds(call, 3)
+    return 2 * source.nbytes / time_us[0] / 1e3
+
+
+@pytest.fixture
+def measure(pytestconfig, benchmark, record, copy_gb_per_s):
+    """measure(call, calls, moved, row): times what holds that many calls, each of which must move so many bytes, and records the row."""
+    quick = pytestconfig.option.quick
+
+    def run_and_record(call: Callable, calls: int, moved: int, row: dict) -> None:
+        gpu_us = [value / calls for value in gpu_microseconds(call, quick)] if ON_GPU else None
+        benchmark.pedantic(lambda: (call(), synchronize()), rounds=3 if quick else 50 if ON_GPU else 7, warmup_rounds=1)
+        wall_us = quantiles([1e6 * value / calls for value in benchmark.stats.stats.data])
+        speed = moved / (gpu_us or wall_us)[0] / 1e3
+        record(row | {"l2": "cold" if ON_GPU else "not cleared", "gpu_us": gpu_us, "wall_us": wall_us, "bytes": moved,
+                      "gb_per_s": speed, "of_copy": speed / copy_gb_per_s, "copy_gb_per_s": copy_gb_per_s})
+
+    return run_and_record
+
+
+@pytest.fixture
+def batch(pytestconfig):
+    return 8 if pytestconfig.option.quick else 128
+
+
+def needs_gpu(what: str) -> None:
+    if not ON_GPU:
+        pytest.skip(f"no GPU here: {what} needs one")
+
+
+def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
+    if impl in ("triton", CONVOLUTION):
+        needs_gpu("a Triton kernel")
+    if impl == "blocked" and DEVICE.type != "cpu":
+        pytest.skip("blocks are for CPU tensors")
+    if launch != HOST:
+        needs_gpu("a CUDA graph")
+    precision = pytestconfig.option.dtype
+    dtype, arguments = DTYPES[precision], shapes(op, tap, batch)
+    upstream = None
+    if passes != "forward":  # fp16 trains with a scaled loss
+        upstream = torch.tensor(65536.0 if precision == "fp16" else 1.0, device=DEVICE)
+    sets = [draw(arguments, dtype, seed) for seed in range(8 if launch == EIGHT else 1)]
+    loss = implementation(op, tap, impl)
+    call, outputs = launched([partial(run, loss, inputs, upstream) for inputs in sets], launch)
+    assert_close(outputs, [expected(op, inputs, upstream) for inputs in sets], TOLERANCES[precision])
+    maps = [",".join("x".join(map(str, shape)) for name, shape in one.items() if name not in PARAMETERS) for one in arguments]
+    measure(call, len(sets), least_bytes(arguments, passes, dtype), {
+        "op": op, "tap": tap, "shape": " + ".join(maps), "dtype": precision, "impl": impl, "pass": passes, "launch": launch})
+
+
+def test_copy(tap, launch, pytestconfig, measure, batch):
+    """As many bytes as vid_nll moves forward and backward."""
+    if launch != HOST:
+        needs_gpu("a CUDA graph")
+    precision = pytestconfig.option.dtype
+    moved = least_bytes(shapes("vid_nll", tap, batch), "forward+backward", DTYPES[precision])
+    sources = [torch.rand(moved // 8, device=DEVICE) for _ in range(8 if launch == EIGHT else 1)]  # fp32, half is read, half written
+    call, outputs = launched([partial(copy, source, torch.empty_like(source)) for source in sources], launch)
+    assert_close(outputs, [[source.double()] for source in sources], 0.0)
+    measure(call, len(sources), moved, {
+        "op": "copy", "tap": tap, "shape": str(moved // 8), "dtype": "fp32", "impl": "torch", "pass": "copy", "launch": launch})
+
+
+def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batch):
+    """A whole step as training takes it, and in the same minute the four vid_nll of its taps alone, without their convolutions."""
+    precision, rounds = pytestconfig.option.dtype, 2 if pytestconfig.option.quick else 5
+    torch.manual_seed(0)
+    config = TrainConfig(method=("vid",), batch_size=batch, precision=precision).resolved()
+    teacher, student = WideResNet(40, 2).eval(), WideResNet(16, 1)
+    learner = Learner("vid", student, build("vid", config, student, teacher), config, DEVICE)
+    step = GroupStep(teacher, [learner], DEVICE, precision)
+    step.begin_epoch(0.0)
+    images = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), device=DEVICE)
+    benchmark.pedantic(lambda: (step(images, labels, 0.01), synchronize()), rounds=rounds, warmup_rounds=2)
+    wall_us = quantiles([1e6 * value for value in benchmark.stats.stats.data])
+
+    inputs = draw(shapes("vid_nll", "all", batch), DTYPES[precision], 0)
+    losses_us = wall_microseconds(partial(run, total(kernels.vid_nll), inputs, torch.ones((), device=DEVICE)), rounds)
+    record({"op": "vid_step", "tap": "all", "shape": f"{batch}x3x32x32", "dtype": precision, "impl": "auto", "pass": "step", "launch": HOST,
+            "l2": "not cleared", "gpu_us": None, "wall_us": wall_us, "losses_us": losses_us, "losses_share": losses_us[0] / wall_us[0]})
