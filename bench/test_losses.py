@@ -15,7 +15,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from operator import add
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> li
 
 def total(loss: Callable) -> Callable:
     """The sum of a loss over taps, as a loss module takes it."""
-    return lambda inputs: sum([loss(**one) for one in inputs])
+    return lambda inputs: reduce(add, [loss(**one) for one in inputs])
 
 
 @lru_cache(maxsize=1)  # the tests of one implementation stand side by side and share its compilation

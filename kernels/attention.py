@@ -3,15 +3,17 @@
     loss = factor/(B·P) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over the P = H·W positions,   A = mean over channels of x²
     ∂loss/∂student = factor·4/(B·P·C·‖A‖) · (D - Q·⟨D, Q⟩) · student,   D = Q(student) - Q(teacher)
 
-One program per image. Where the student's map of one image fits into the registers of a program (32,768 elements: 32 channels
-at 32 x 32), it is read once and its gradient written in the same pass: (2·Cs + Ct)·B·P·itemsize bytes in all. A larger map is walked
-through in tiles three times, mostly from the L2: norms, distance, gradient.
+One program per image. Where the student's map of one image fits into the registers of a program (channels times positions, each
+rounded up to a power of two, at most 32,768: 32 channels at 32 x 32), it is read once and its gradient written in the same pass:
+(2·Cs + Ct)·B·P·itemsize bytes in all, (Cs + Ct) without a gradient. A larger map is walked through in tiles: norms, distance,
+gradient, in which the student's map is read four times and the teacher's three, (5·Cs + 3·Ct) in all, mostly from the L2.
+A gradient of the teacher's map, and any in fp16, is a pass of its own over both maps.
 """
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
 from torch import Tensor
 
 _IN_REGISTERS = 32768  # elements of a student map: 64 a thread at 16 warps
@@ -80,34 +82,38 @@ def _attention_kernel(
             coefficient = slope * ((difference - student * along) / student_norm)
             tl.store(gradient_ptr + offs, coefficient[:, None] * values, mask=mask)
     else:
+        offs_p = tl.arange(0, BLOCK_POSITIONS)
         student_squares = tl.zeros([BLOCK_POSITIONS], tl.float32)
         teacher_squares = tl.zeros([BLOCK_POSITIONS], tl.float32)
         for first in range(0, positions, BLOCK_POSITIONS):
-            offs_p = first + tl.arange(0, BLOCK_POSITIONS)
-            student = _attention(student_ptr, offs_p, positions, STUDENT_CHANNELS, STUDENT_BLOCK)
-            teacher = _attention(teacher_ptr, offs_p, positions, TEACHER_CHANNELS, TEACHER_BLOCK)
+            left, start = positions - first, tl.cast(first, tl.int64)
+            student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK)
+            teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK)
             student_squares += student * student
             teacher_squares += teacher * teacher
         student_norm, teacher_norm = _norm(tl.sum(student_squares)), _norm(tl.sum(teacher_squares))
         distances = tl.zeros([BLOCK_POSITIONS], tl.float32)
         products = tl.zeros([BLOCK_POSITIONS], tl.float32)
         for first in range(0, positions, BLOCK_POSITIONS):
-            offs_p = first + tl.arange(0, BLOCK_POSITIONS)
-            student = _attention(student_ptr, offs_p, positions, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
-            difference = student - _attention(teacher_ptr, offs_p, positions, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+            left, start = positions - first, tl.cast(first, tl.int64)
+            student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
+            teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+            difference = student - teacher
             distances += difference * difference
             products += difference * student
         distance, along = tl.sum(distances), tl.sum(products)
         if gradient_ptr is not None:
             along = tl.where(student_norm > 1e-12, along, along * 0.0)
             for first in range(0, positions, BLOCK_POSITIONS):
-                offs_p = first + tl.arange(0, BLOCK_POSITIONS)
-                student = _attention(student_ptr, offs_p, positions, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
-                difference = student - _attention(teacher_ptr, offs_p, positions, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+                left, start = positions - first, tl.cast(first, tl.int64)
+                student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
+                teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+                difference = student - teacher
                 coefficient = slope * ((difference - student * along) / student_norm)
                 for channel in range(0, STUDENT_CHANNELS, STUDENT_BLOCK):
-                    offs, mask, values = _tile(student_ptr, offs_p, positions, channel, STUDENT_CHANNELS, STUDENT_BLOCK)
-                    tl.store(gradient_ptr + offs, coefficient[:, None] * values, mask=mask)
+                    offs, mask, values = _tile(
+                        student_ptr + start * STUDENT_CHANNELS, offs_p, left, channel, STUDENT_CHANNELS, STUDENT_BLOCK)
+                    tl.store(gradient_ptr + start * STUDENT_CHANNELS + offs, coefficient[:, None] * values, mask=mask)
     if loss_ptr is not None:
         tl.store(loss_ptr + image, distance * inverse_count)
 
@@ -168,7 +174,7 @@ def _(upstream, student, teacher, factor):
 
 def _backward(ctx, upstream, *_):
     (student, teacher, factor, _), nothing = saved(ctx)
-    refuse_second_derivative("attention_transfer")
+    first_derivative_only("attention_transfer", upstream)
     student_gradient, teacher_gradient = scale(ctx, upstream, nothing)[0], None
     if student_gradient is None and ctx.needs_input_grad[0]:
         student_gradient = _attention_transfer_gradient(upstream, student, teacher, factor)
@@ -190,6 +196,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, factor: float = 1.0,
     Raises ValueError on shapes, dtypes or layouts that do not fit.  Source: Zagoruyko and Komodakis, ICLR 2017.
     """
     checks.maps("attention_transfer", student=student, teacher=teacher)
+    checks.numbers("attention_transfer", factor=factor)
     if checks.choose("attention_transfer", impl, student=student, teacher=teacher) == "triton":
         checks.channels_last("attention_transfer", student=student, teacher=teacher)
         return _attention_transfer(student, teacher, factor, one_pass(student))[0]

@@ -18,7 +18,7 @@ _BLOCK = 262144  # elements for each thread: 1 MB in fp32. Smaller ones pay more
 
 def fits(*maps: Tensor) -> bool:
     """Whether blocks serve these maps: channels-last, on a CPU, single or half precision, and neither compiled nor transformed."""
-    return not torch.compiler.is_compiling() and all(
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and all(
         x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.is_contiguous(memory_format=torch.channels_last) and not x.is_inference() and not checks.transformed(x) for x in maps)
 
@@ -45,7 +45,7 @@ class _SquaredResiduals(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         mean, target = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the gradient shall be differentiated itself
+        if torch.is_grad_enabled() or checks.transformed(upstream):  # create_graph, or several upstream gradients at once
             gradient = 2 * upstream.view(-1, 1, 1) * (mean.float() - target.float())
             return gradient.to(mean.dtype), -gradient.to(target.dtype)
         gradients = [torch.empty_like(x) if needed else None for x, needed in zip((mean, target), ctx.needs_input_grad)]
@@ -70,7 +70,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
         features, = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph
+        if torch.is_grad_enabled() or checks.transformed(upstream):
             slope = (2 / features.shape[1]) * upstream.view(features.shape[0], 1, *features.shape[2:])
             return (slope * features.float()).to(features.dtype)
         slope, gradient = upstream.reshape(-1, 1) * (2 / features.shape[1]), torch.empty_like(features)
@@ -88,7 +88,7 @@ def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Rows of the map in fp32, as much space for scratch, and which rows they are."""
     rows = _rows(features)
     size = max(1, _BLOCK * torch.get_num_threads() // rows.shape[1])
-    values, scratch = torch.empty(2, min(size, len(rows)), rows.shape[1])
+    values, scratch = rows.new_empty(2, min(size, len(rows)), rows.shape[1], dtype=torch.float32)
     for first in range(0, len(rows), size):
         count = min(size, len(rows) - first)
         yield values[:count].copy_(rows[first:first + count]), scratch[:count], slice(first, first + count)

@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 
 import torch
-from fastvid.kernels.launch import INTERPRETED, triton
+from fastvid.kernels.launch import INTERPRETED, batched, triton
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -15,8 +15,7 @@ def choose(op: str, impl: str, **tensors: Tensor | None) -> str:
 
     Raises ValueError where there is no such implementation, or where Triton cannot take these tensors.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{op} has no implementation {impl!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+    implementation(op, impl)
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if impl == "reference" or (impl == "auto" and not any(tensor.is_cuda for tensor in given.values())):
         return "reference"
@@ -41,7 +40,7 @@ def choose(op: str, impl: str, **tensors: Tensor | None) -> str:
 
 def transformed(tensor: Tensor) -> bool:
     """Whether the tensor belongs to a torch.func transform or carries a forward-mode tangent."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+    return batched(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -52,7 +51,7 @@ def upcast(*tensors: Tensor | None) -> list[Tensor | None]:
 def maps(op: str, **tensors: Tensor) -> None:
     """Feature maps are four-dimensional and floating point, have channels, and agree in B, H and W."""
     for name, tensor in tensors.items():
-        if tensor.dim() != 4 or not tensor.is_floating_point() or not tensor.shape[1]:
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point() or not tensor.shape[1]:
             raise ValueError(f"{op} wants floating-point maps [B, C, H, W], but `{name}` is {describe(tensor)}")
     (first, reference), *others = tensors.items()
     for name, tensor in others:
@@ -90,17 +89,45 @@ def rows(op: str, most: int, **tensors: Tensor) -> None:
 
 def shape(op: str, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
     """`tensor` has exactly the wanted shape."""
-    if tuple(tensor.shape) != wanted:
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted:
         raise ValueError(f"{op} wants `{name}` of shape {wanted}, but it is {describe(tensor)}")
 
 
-def pairs(op: str, **lists: Sequence) -> None:
-    """Two lists of one entry per tap, equally long and not empty."""
+def numbers(op: str, **values: float) -> None:
+    """A kernel takes its constants from the host: a tensor would lose its gradient, and cost a synchronisation."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            raise ValueError(f"{op} wants a number as `{name}`, but it is a tensor: take its .item(), or multiply the loss by it outside")
+
+
+def implementation(op: str, impl: str) -> None:
+    """One of IMPLEMENTATIONS."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op} has no implementation {impl!r}: choose from {', '.join(IMPLEMENTATIONS)}")
+
+
+def pairs(op: str, *, count: int | None = None, **lists: Sequence) -> None:
+    """Two lists of one entry per tap: as many as `count`, or equally many and at least one."""
+    for name, values in lists.items():
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+            kind = describe(values) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise ValueError(f"{op} wants a list with one entry per tap, but `{name}` is {kind}: put it into brackets")
     (student, students), (teacher, teachers) = lists.items()
-    if len(students) != len(teachers) or not students:
-        raise ValueError(f"{op} wants one entry per tap in both lists, but `{student}` has {len(students)} "
-                         f"and `{teacher}` has {len(teachers)}")
+    if len(students) != len(teachers) or len(students) != (count or len(students)) or not len(students):
+        wanted = f"{count} entries, one per tap," if count else "one entry per tap"
+        raise ValueError(f"{op} wants {wanted} in both lists, but `{student}` has {len(students)} and `{teacher}` has {len(teachers)}")
+
+
+def tap(op: str, impl: str, **given: tuple[Tensor, int]) -> None:
+    """The two maps of a tap and how many channels each shall have, at the border of a loss module, in the names that its caller knows."""
+    tensors = {name: tensor for name, (tensor, _) in given.items()}
+    maps(op, **tensors)
+    for name, (tensor, wanted) in given.items():
+        if tensor.shape[1] != wanted:
+            raise ValueError(f"{op} was made for {wanted} channels in `{name}`, but it is {describe(tensor)}")
+    if choose(op, impl, **tensors) == "triton":
+        channels_last(op, **tensors)
 
 
 def describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)

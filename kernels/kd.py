@@ -5,13 +5,13 @@
     ∂loss/∂teacher = factor·T/B · p_teacher · (log p_teacher - log p_student - KL_b)
 
 K classes. One pass reads both logits and writes the gradient: 3·B·K·itemsize bytes. At 128 x 10 that is nothing: it is the number
-of launches that counts, two instead of about twenty.
+of launches that counts, two instead of about twenty. Without a gradient: 2·B·K. A gradient of the teacher's logits is a pass of its own.
 """
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
 from torch import Tensor
 
 _MOST_CLASSES = 32768  # a row is kept in the registers of one program
@@ -107,7 +107,7 @@ def _(upstream, student, teacher, temperature, factor, of_teacher):
 
 def _backward(ctx, upstream, *_):
     (student, teacher, temperature, factor, _), nothing = saved(ctx)
-    refuse_second_derivative("softened_kl")
+    first_derivative_only("softened_kl", upstream)
     student_gradient, teacher_gradient = scale(ctx, upstream, nothing)[0], None
     if student_gradient is None and ctx.needs_input_grad[0]:
         student_gradient = _softened_kl_gradient(upstream, student, teacher, temperature, factor, False)
@@ -130,6 +130,7 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     Raises ValueError on shapes, dtypes, layouts or a temperature that do not fit.  Source: Hinton et al. 2015.
     """
     checks.logits("softened_kl", student_logits=student_logits, teacher_logits=teacher_logits)
+    checks.numbers("softened_kl", temperature=temperature, factor=factor)
     if not temperature > 0:
         raise ValueError(f"softened_kl wants a temperature of more than 0, got {temperature}")
     if checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits) == "triton":

@@ -4,8 +4,9 @@ One pass: a forward that is going to be differentiated writes the gradient of it
 upstream gradient were 1. Backward then launches `rescale`, which reads the upstream gradient on the device and returns at once
 when it is 1: no synchronisation, and no further traffic unless the caller multiplied the loss (or torch.compile runs, whose Inductor
 copies the gradient first, seen on a CPU). What is known to multiply it (a transfer weight) belongs into `factor`.
+Otherwise rescale reads and writes the gradient once more: 2·elements·itemsize bytes.
 In fp16 an unscaled gradient (about 5e-8) lies below the smallest number, so there the forward writes none, and backward reads the
-maps again with the upstream gradient at hand.
+maps again with the upstream gradient at hand; so does a second backward through the same loss, and therefore the maps are kept.
 """
 from __future__ import annotations
 
@@ -114,9 +115,16 @@ def saved(ctx) -> tuple[list, Tensor]:
     return [value if tensor is None else tensor for value, tensor in zip(ctx.inputs, tensors)], parameters
 
 
-def refuse_second_derivative(op: str) -> None:
+def batched(tensor: Tensor) -> bool:
+    """Whether the tensor stands for several: in torch.func transforms, and in autograd's is_grads_batched."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def first_derivative_only(op: str, upstream: Tensor) -> None:
     if torch.is_grad_enabled():  # in a backward: create_graph
         raise RuntimeError(f"{op} has no second derivative in Triton: call it with impl='reference' under create_graph=True")
+    if batched(upstream):
+        raise RuntimeError(f"{op} takes one upstream gradient at a time in Triton: pass impl='reference' under is_grads_batched=True")
 
 
 def scale(ctx, upstream: Tensor, parameters: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -6,7 +6,8 @@
 M = B·H·W rows, C channels of the target, K of the hidden map. A tile of the mean lives in registers only: multiply, subtract,
 multiply back by the weight, and add up the weight's gradient, all while the tiles of both maps are at hand. With K = 2C, one pass
 moves (2K + C)·M·itemsize bytes: 5 maps of C channels, where convolution, loss and their backward move 12, or 9 with vid_nll. In fp16,
-where the gradient waits for its scale, 3 and 5. The partial sums of the weight's gradient (programs·C·K fp32) stay in the L2.
+where the gradient waits for its scale, 3 and 5. The partial sums of the weight's gradient (programs·C·K fp32) stay in the L2. At 128
+channels two programs share the hidden channels of a tile, and both read all of it and the target: the second finds them in the L2.
 
 16-bit maps of up to 128 channels from as many hidden ones or twice as many run here (a width between two powers of two is filled up).
 Anything else is a convolution and vid_nll: in fp32 a kernel would have to choose between the tensor cores and the user's TF32
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
 from fastvid.kernels.vid import FINISH_TILE, FINISH_WARPS, column_sums, finish_channels, inverse_count, variance_of, vid_nll
 from torch import Tensor
 
@@ -62,9 +63,9 @@ def _blocks(channels: int, hidden: int) -> tuple[int, int]:
 
 def _fits(hidden: Tensor, weight: Tensor, target: Tensor) -> bool:
     """Whether the kernel takes this projection: 16-bit, not empty, of a width in the table, with a target that no gradient flows to."""
-    blocks = _blocks(*weight.shape[:2])
+    blocks, capability = _blocks(*weight.shape[:2]), _capability(hidden)
     return (hidden.dtype in (torch.bfloat16, torch.float16) and blocks in _LAUNCHES and target.numel() > 0 and not target.requires_grad
-            and (blocks[0] < 128 or _capability(hidden) in (9, 10)))
+            and capability >= 8 and (blocks[0] < 128 or capability in (9, 10)))
 
 
 def _capability(tensor: Tensor) -> int:
@@ -238,7 +239,7 @@ def _(upstream, hidden, weight, bias, target, raw_scale, eps, factor):
 
 def _backward(ctx, upstream, *_):
     (hidden, weight, bias, target, raw_scale, eps, factor, _), parameters = saved(ctx)
-    refuse_second_derivative("projected_vid_nll")
+    first_derivative_only("projected_vid_nll", upstream)
     hidden_gradient, parameters = scale(ctx, upstream, parameters)
     channels = weight.shape[0]
     scale_gradient, bias_gradient, weight_gradient = parameters[:channels], parameters[channels:2 * channels], parameters[2 * channels:]
@@ -270,6 +271,8 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
 
     hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].
     The convolution runs in the dtype of autocast or of `hidden`, the loss in fp32. factor, impl, result and errors: as in vid_nll.
+    With Triton it is one kernel for 16-bit maps of up to 128 channels, from as many hidden ones or twice as many, and a target that
+    needs no gradient; otherwise PyTorch's convolution and the kernel of vid_nll.
     """
     op = "projected_vid_nll"
     checks.maps(op, hidden=hidden, target=target)
@@ -277,6 +280,7 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     checks.shape(op, "raw_scale", raw_scale, (target.shape[1],))
     if bias is not None:
         checks.shape(op, "bias", bias, (target.shape[1],))
+    checks.numbers(op, eps=eps, factor=factor)
     chosen = checks.choose(op, impl, hidden=hidden, weight=weight, bias=bias, target=target, raw_scale=raw_scale)
     if chosen == "triton":
         checks.channels_last(op, hidden=hidden, target=target)

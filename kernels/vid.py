@@ -7,13 +7,13 @@ M = B·H·W rows, C channels. The constant ½·log 2π is left out. The mean squ
 
 The only reduction over M is S_c, and the gradient of the mean needs nothing else, so one pass reads both maps and writes the
 gradient: 3 map-sized transfers in all, 3·M·C·itemsize bytes, plus C-sized work (launch.py says how backward stays out of it).
-Without a gradient: 2. In fp16: 2 in forward and 3 in backward.
+Without a gradient: 2. In fp16: 2 in forward and 3 in backward. A gradient of the target is a pass of its own: 3 more.
 """
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, jit, one_pass, power_of_two, refuse_second_derivative, save, saved, scale, tl
+from fastvid.kernels.launch import OPTIONS, cdiv, dense, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
 from torch import Tensor
 
 # 4,096 elements and 4 warps: each thread has four 16-byte loads of both bf16 maps in flight, 16 KB a program.
@@ -63,7 +63,7 @@ def _residual_kernel(
     """
     offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask_c = offs_c < CHANNELS
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a program int32 suffices
+    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a tile int32 suffices
     mean_ptr += first * CHANNELS
     target_ptr += first * CHANNELS
     if gradient_ptr is not None:
@@ -73,15 +73,18 @@ def _residual_kernel(
             slope *= tl.load(upstream_ptr)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     for tile in range(tiles):
-        offs_m = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        offs_m = tl.arange(0, BLOCK_ROWS)
         offs = offs_m[:, None] * CHANNELS + offs_c[None, :]
-        mask = (offs_m < rows - first)[:, None] & mask_c[None, :]
+        mask = (offs_m < rows - first - tile * BLOCK_ROWS)[:, None] & mask_c[None, :]
         mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         residual = mean - tl.load(target_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if partial_ptr is not None:
             squares += residual * residual
         if gradient_ptr is not None:
             tl.store(gradient_ptr + offs, residual * slope[None, :], mask=mask)
+            gradient_ptr += BLOCK_ROWS * CHANNELS
+        mean_ptr += BLOCK_ROWS * CHANNELS
+        target_ptr += BLOCK_ROWS * CHANNELS
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0) * CHANNELS + offs_c, tl.sum(squares, axis=0), mask=mask_c)
 
@@ -194,7 +197,7 @@ def _(upstream, mean, target, raw_scale, eps, factor):
 
 def _backward(ctx, upstream, *_):
     (mean, target, raw_scale, eps, factor, _), scale_gradient = saved(ctx)
-    refuse_second_derivative("mean_squared_error" if raw_scale is None else "vid_nll")
+    first_derivative_only("mean_squared_error" if raw_scale is None else "vid_nll", upstream)
     mean_gradient, scale_gradient = scale(ctx, upstream, scale_gradient)
     target_gradient = None
     if mean_gradient is None and ctx.needs_input_grad[0]:
@@ -220,6 +223,7 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
     checks.maps("vid_nll", mean=mean, target=target)
     checks.shape("vid_nll", "target", target, tuple(mean.shape))
     checks.shape("vid_nll", "raw_scale", raw_scale, (mean.shape[1],))
+    checks.numbers("vid_nll", eps=eps, factor=factor)
     if checks.choose("vid_nll", impl, mean=mean, target=target, raw_scale=raw_scale) == "triton":
         checks.channels_last("vid_nll", mean=mean, target=target)
         return _vid_nll(mean, target, raw_scale, eps, factor, one_pass(mean))[0]
@@ -237,6 +241,7 @@ def mean_squared_error(prediction: Tensor, target: Tensor, *, factor: float = 1.
     """
     checks.maps("mean_squared_error", prediction=prediction, target=target)
     checks.shape("mean_squared_error", "target", target, tuple(prediction.shape))
+    checks.numbers("mean_squared_error", factor=factor)
     if checks.choose("mean_squared_error", impl, prediction=prediction, target=target) == "triton":
         checks.channels_last("mean_squared_error", prediction=prediction, target=target)
         return _vid_nll(prediction, target, None, 0.0, factor, one_pass(prediction))[0]

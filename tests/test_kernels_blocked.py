@@ -92,3 +92,34 @@ def test_the_sums_themselves_in_float32_are_those_of_the_reference():
     mean, target = maps((4, 16, 8, 8), torch.float32)
     torch.testing.assert_close(blocked.squared_residuals(mean, target), (target - mean).square().sum(dim=(0, 2, 3)))
     torch.testing.assert_close(blocked.energy(mean), reference.energy(mean))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_several_upstream_gradients_at_once_give_each_its_gradient(name):
+    inputs = maps((2, 3, 4, 5), torch.float32)
+    loss, upstream = CALLS[name](*inputs), torch.tensor([1.0, -2.0])
+    batched, = torch.autograd.grad(loss, inputs[:1], upstream, is_grads_batched=True, retain_graph=True)
+    alone, = torch.autograd.grad(loss, inputs[:1])
+    torch.testing.assert_close(batched, upstream.view(2, 1, 1, 1, 1) * alone)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_transform_of_something_else_than_the_maps_leaves_the_loss_as_it_is(name):
+    inputs = [x.detach() for x in maps((2, 3, 4, 5), torch.float32)]
+    gradient = torch.func.grad(lambda weight: weight * CALLS[name](*inputs))(torch.tensor(3.0))
+    torch.testing.assert_close(gradient, CALLS[name](*inputs, impl="reference"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_the_caller_made_the_default_dtype_or_device_changes_nothing(name):
+    inputs = maps((4, 16, 8, 8), torch.float32)
+    expected = loss_and_gradients(CALLS[name], inputs)
+    scale = torch.linspace(-1, 1, 16)  # made with the usual defaults
+    call = {**CALLS, "vid_nll": lambda mean, target, **options: kernels.vid_nll(mean, target, scale, **options)}[name]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            changed = loss_and_gradients(call, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(changed, expected))

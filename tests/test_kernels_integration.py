@@ -252,7 +252,13 @@ def forward_mode(loss, x):
         return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
+def batched(loss, x):
+    value = loss(x.requires_grad_())
+    return torch.autograd.grad(value, x, torch.ones(2, device=x.device), is_grads_batched=True)[0][0]
+
+
 TRANSFORMS = {
+    "batched": batched,
     "create_graph": second,
     "grad": lambda loss, x: torch.func.grad(loss)(x),
     "vmap": lambda loss, x: torch.func.vmap(loss)(torch.stack([x, 2 * x])),
@@ -265,7 +271,8 @@ TRANSFORMS = {
 @every_loss
 def test_what_triton_cannot_differentiate_is_refused_with_the_operation_and_the_remedy(name, transform):
     first, *others = (tensor.detach() for tensor in INPUTS[name](2))
-    with pytest.raises(RuntimeError if transform == "create_graph" else ValueError, match=f"^{name} has no .*impl='reference'"):
+    in_backward = transform in ("create_graph", "batched")
+    with pytest.raises(RuntimeError if in_backward else ValueError, match=f"^{name} (has no|takes one) .*impl='reference'"):
         TRANSFORMS[transform](lambda x: loss_of(name)(x, *others), first)
 
 
@@ -288,7 +295,7 @@ def test_the_reference_has_functional_transforms(name):
     def loss(x):
         return loss_of(name, "reference")(x, *others)
 
-    expected = {"grad": gradient, "create_graph": gradient, "vmap": torch.stack([loss(first), loss(2 * first)])}
+    expected = {"grad": gradient, "create_graph": gradient, "batched": gradient, "vmap": torch.stack([loss(first), loss(2 * first)])}
     for transform, function in TRANSFORMS.items():  # the sum, a derivative along ones, cancels: bounded by what it adds up
         torch.testing.assert_close(function(loss, first.clone()).float(), expected.get(transform, gradient.sum()),
                                    rtol=1e-5, atol=1e-6 * gradient.abs().sum().item())

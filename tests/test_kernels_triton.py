@@ -587,6 +587,23 @@ def test_the_last_program_of_the_projection_reads_and_writes_beyond_2_to_the_31(
 
 
 @only_interpreted
+def test_one_program_of_the_residual_kernel_walks_beyond_2_to_the_31():
+    rows, channels = 2**15 + 8, 65536  # so many channels leave a single program to a block of them
+    mean, target, gradient = (torch.empty(rows, channels, dtype=fp16) for _ in range(3))
+    for part in (mean, target, gradient):
+        part[:, -8:] = 0  # one page of each row
+    mean[-8:, -8:], target[-8:, -8:] = 2, 5
+    partial = torch.empty(1, channels)
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", interpreter.InterpreterOptions())
+        patch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (0, channels // 8 - 1, z)))
+        vid._residual_kernel[(1,)](mean, target, None, None, partial, gradient, rows, launch.cdiv(rows, 4096), 0.0, 0.25,
+                                   CHANNELS=channels, BLOCK_ROWS=4096, BLOCK_CHANNELS=8)
+    assert (gradient[-8:, -8:] == -1.5).all() and not gradient[:-8, -8:].any() and (partial[0, -8:] == 8 * 9).all()
+
+
+@only_interpreted
 @pytest.mark.parametrize("in_registers", [True, False])
 def test_the_last_image_of_attention_transfer_is_read_and_written_beyond_2_to_the_31(in_registers):
     images, positions, channels = 2**25 + 1, 4, 16

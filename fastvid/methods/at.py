@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 from torch import Tensor, nn
 
@@ -19,12 +21,13 @@ class ATLoss(nn.Module):
 
     def __init__(self, *, factor: float = 1.0, impl: str = "auto"):
         super().__init__()
+        checks.implementation("ATLoss", impl)
         self.factor, self.impl = factor, impl
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         checks.pairs("ATLoss", student_maps=student_maps, teacher_maps=teacher_maps)
-        return sum(attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
-                   for student, teacher in zip(student_maps, teacher_maps))
+        return reduce(add, (attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
+                            for student, teacher in zip(student_maps, teacher_maps)))
 
 
 class AttentionTransfer(Transfer):

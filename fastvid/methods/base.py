@@ -18,6 +18,13 @@ class Terms(NamedTuple):
     transfer: Tensor
 
 
+def in_layout_of(student_map: Tensor, output: Tensor) -> Tensor:
+    """The output of a regressor, channels-last where its input is. It is already, but where a single channel left the layout open."""
+    if student_map.is_contiguous(memory_format=torch.channels_last):
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
 class Transfer(nn.Module):
     """One weighted transfer term: `transfer(student, teacher)` -> scalar.
 

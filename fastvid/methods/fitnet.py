@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
 from fastvid.kernels import checks, mean_squared_error
-from fastvid.methods.base import Transfer
+from fastvid.methods.base import Transfer, in_layout_of
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
@@ -24,14 +24,16 @@ class FitNetLoss(nn.Module):
 
     def __init__(self, student_channels: int, teacher_channels: int, *, factor: float = 1.0, impl: str = "auto"):
         super().__init__()
+        checks.implementation("FitNetLoss", impl)
         self.factor, self.impl = factor, impl
         self.regressor = nn.Sequential(
             nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU(inplace=True))
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        checks.maps("FitNetLoss", student_map=student_map, teacher_map=teacher_map)
-        prediction = self.regressor(student_map)
-        checks.shape("FitNetLoss", "teacher_map", teacher_map, tuple(prediction.shape))
+        convolution = self.regressor[0]
+        checks.tap("FitNetLoss", self.impl, student_map=(student_map, convolution.in_channels),
+                   teacher_map=(teacher_map, convolution.out_channels))
+        prediction = in_layout_of(student_map, self.regressor(student_map))
         return mean_squared_error(prediction, teacher_map, factor=self.factor, impl=self.impl)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastvid.config import KDOptions
-from fastvid.kernels import softened_kl
+from fastvid.kernels import checks, softened_kl
 from fastvid.methods.base import Transfer
 from fastvid.wresnet import Activations, WideResNet
 
@@ -17,6 +17,7 @@ class KDLoss(nn.Module):
 
     def __init__(self, temperature: float = KDOptions.temperature, *, factor: float = 1.0, impl: str = "auto"):
         super().__init__()
+        checks.implementation("KDLoss", impl)
         self.temperature, self.factor, self.impl = temperature, factor, impl
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

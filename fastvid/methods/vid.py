@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from fastvid.config import VIDOptions
 from fastvid.kernels import checks, projected_vid_nll
-from fastvid.methods.base import Transfer
+from fastvid.methods.base import Transfer, in_layout_of
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
@@ -52,7 +54,8 @@ class VIDLoss(nn.Module):
     """Sum over taps of the negative log-likelihood of teacher maps given student maps; holds regressors and variances.
 
     student_channels, teacher_channels: one number per tap, of maps [B, C, H, W] that agree in B, H and W.
-    variant: a key of VARIANTS, for the regressor, eps and initial variance.  factor, impl: as in fastvid.kernels.vid_nll.
+    variant: a key of VARIANTS, for the regressor, eps and initial variance.
+    factor, impl: as in fastvid.kernels.projected_vid_nll, which says what runs in one kernel.
     Returns a scalar, fp32.
     Optimise its parameters together with the student's.
     """
@@ -62,6 +65,7 @@ class VIDLoss(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"VIDLoss has no variant {variant!r}: choose from {', '.join(VARIANTS)}")
+        checks.implementation("VIDLoss", impl)
         checks.pairs("VIDLoss", student_channels=student_channels, teacher_channels=teacher_channels)
         chosen = VARIANTS[variant]
         self.eps, self.factor, self.impl = chosen.eps, factor, impl
@@ -71,11 +75,16 @@ class VIDLoss(nn.Module):
         self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), raw)) for t in teacher_channels)
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-        checks.pairs("VIDLoss", student_maps=student_maps, teacher_maps=teacher_maps)
-        return sum(
-            projected_vid_nll(regressor.hidden(s), regressor.last.weight, regressor.last.bias, t, raw_scale,
-                              eps=self.eps, factor=self.factor, impl=self.impl)
-            for regressor, raw_scale, s, t in zip(self.regressors, self.raw_scales, student_maps, teacher_maps, strict=True))
+        checks.pairs("VIDLoss", count=len(self.regressors), student_maps=student_maps, teacher_maps=teacher_maps)
+        return reduce(add, map(self._tap, range(len(self.regressors)), student_maps, teacher_maps))
+
+    def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        regressor = self.regressors[index]
+        checks.tap("VIDLoss", self.impl, **{f"student_maps[{index}]": (student_map, regressor.hidden[0].in_channels),
+                                            f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels)})
+        hidden = in_layout_of(student_map, regressor.hidden(student_map))
+        return projected_vid_nll(hidden, regressor.last.weight, regressor.last.bias, teacher_map, self.raw_scales[index],
+                                 eps=self.eps, factor=self.factor, impl=self.impl)
 
     def variances(self) -> list[Tensor]:
         """The learned variance of each channel, [C] per tap, detached."""
