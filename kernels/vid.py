@@ -63,7 +63,7 @@ def _residual_kernel(
     """
     offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask_c = offs_c < CHANNELS
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a tile int32 suffices
+    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a program int32 suffices
     mean_ptr += first * CHANNELS
     target_ptr += first * CHANNELS
     if gradient_ptr is not None:
@@ -73,18 +73,15 @@ def _residual_kernel(
             slope *= tl.load(upstream_ptr)
     squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     for tile in range(tiles):
-        offs_m = tl.arange(0, BLOCK_ROWS)
+        offs_m = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         offs = offs_m[:, None] * CHANNELS + offs_c[None, :]
-        mask = (offs_m < rows - first - tile * BLOCK_ROWS)[:, None] & mask_c[None, :]
+        mask = (offs_m < rows - first)[:, None] & mask_c[None, :]
         mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         residual = mean - tl.load(target_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if partial_ptr is not None:
             squares += residual * residual
         if gradient_ptr is not None:
             tl.store(gradient_ptr + offs, residual * slope[None, :], mask=mask)
-            gradient_ptr += BLOCK_ROWS * CHANNELS
-        mean_ptr += BLOCK_ROWS * CHANNELS
-        target_ptr += BLOCK_ROWS * CHANNELS
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0) * CHANNELS + offs_c, tl.sum(squares, axis=0), mask=mask_c)
 
@@ -144,7 +141,7 @@ def _launch(mean, target, raw_scale, upstream, eps, factor, *, with_loss, with_g
     block_rows = _TILE // block_channels
     tiles = cdiv(max(rows, 1), block_rows)
     channel_blocks = cdiv(channels, block_channels)
-    tiles_each = cdiv(tiles, max(1, _PROGRAMS // channel_blocks))
+    tiles_each = min(cdiv(tiles, max(1, _PROGRAMS // channel_blocks)), max(1, 2**31 // (block_rows * channels)))
     programs = cdiv(tiles, tiles_each)
     partial = torch.empty(programs, channels, dtype=torch.float32, device=mean.device) if with_loss else None
     gradient = torch.empty_like(mean) if with_gradient else None

@@ -119,7 +119,7 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
 
 MODULES = {"VIDLoss": lambda **o: VIDLoss([3], [6], **o), "FitNetLoss": lambda **o: FitNetLoss(3, 6, **o),
            "ATLoss": ATLoss, "KDLoss": KDLoss}
-VID = VIDLoss([3], [6])
+VID, HINT = VIDLoss([3], [6]), FitNetLoss(3, 6)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -136,8 +136,8 @@ def test_a_module_refuses_an_unknown_implementation_where_it_is_made(name):
     pytest.param(lambda: VID([MAP] * 2, [HIDDEN] * 2), r"VIDLoss wants 1 entries, one per tap, .*`student_maps` has 2", id="two"),
     pytest.param(lambda: VIDLoss([3], [6, 6]), r"VIDLoss wants one entry per tap .*`teacher_channels` has 2", id="channels"),
     pytest.param(lambda: VID([HIDDEN], [HIDDEN]), r"made for 3 channels in `student_maps\[0\]`, but .*\(2, 6, 4, 5\)", id="wide"),
-    pytest.param(lambda: FitNetLoss(3, 6)(MAP, MAP), r"FitNetLoss was made for 6 channels in `teacher_map`, but .*\(2, 3, 4, 5\)", id="hint"),
-    pytest.param(lambda: FitNetLoss(3, 6)(MAP, HIDDEN[:1]), r"FitNetLoss: `teacher_map` .* they must agree in B, H and W", id="batch"),
+    pytest.param(lambda: HINT(MAP, MAP), r"FitNetLoss was made for 6 channels in `teacher_map`, but .*\(2, 3, 4, 5\)", id="hint"),
+    pytest.param(lambda: HINT(MAP, HIDDEN[:1]), r"FitNetLoss: `teacher_map` .* they must agree in B, H and W", id="batch"),
 ])
 def test_a_module_names_the_maps_that_its_caller_gave(call, phrase):
     with pytest.raises(ValueError, match=phrase):

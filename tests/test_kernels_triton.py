@@ -586,21 +586,19 @@ def test_the_last_program_of_the_projection_reads_and_writes_beyond_2_to_the_31(
     assert (gradient[-8:] == expected / 2).all() and (weight_partial[-1] == 4 * expected[:, None]).all()
 
 
-@only_interpreted
-def test_one_program_of_the_residual_kernel_walks_beyond_2_to_the_31():
-    rows, channels = 2**15 + 8, 65536  # so many channels leave a single program to a block of them
-    mean, target, gradient = (torch.empty(rows, channels, dtype=fp16) for _ in range(3))
-    for part in (mean, target, gradient):
-        part[:, -8:] = 0  # one page of each row
-    mean[-8:, -8:], target[-8:, -8:] = 2, 5
-    partial = torch.empty(1, channels)
-    builder = interpreter.interpreter_builder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "options", interpreter.InterpreterOptions())
-        patch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (0, channels // 8 - 1, z)))
-        vid._residual_kernel[(1,)](mean, target, None, None, partial, gradient, rows, launch.cdiv(rows, 4096), 0.0, 0.25,
-                                   CHANNELS=channels, BLOCK_ROWS=4096, BLOCK_CHANNELS=8)
-    assert (gradient[-8:, -8:] == -1.5).all() and not gradient[:-8, -8:].any() and (partial[0, -8:] == 8 * 9).all()
+@pytest.mark.parametrize("channels", [1, 100, 128, 4096, 65536, 2**20])
+def test_no_program_of_the_residual_kernel_walks_beyond_2_to_the_31_elements(channels):
+    walked = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: walked.append((grid[0], args[7], constants["BLOCK_ROWS"]))
+
+    mean = torch.empty(2**37 // channels, channels, 1, 1, dtype=fp16, device="meta")
+    with cut(vid, {"_residual_kernel": Recorded()}):
+        vid._launch(mean, mean, None, None, 0.0, 1.0, with_loss=True, with_gradient=True)
+    (programs, tiles, block_rows), = walked
+    assert tiles * block_rows * channels <= 2**31 and programs * tiles * block_rows >= 2**37 // channels
 
 
 @only_interpreted
