@@ -7,6 +7,9 @@ copies the gradient first, seen on a CPU). What is known to multiply it (a trans
 Otherwise rescale reads and writes the gradient once more: 2·elements·itemsize bytes.
 In fp16 an unscaled gradient (about 5e-8) lies below the smallest number, so there the forward writes none, and backward reads the
 maps again with the upstream gradient at hand; so does a second backward through the same loss, and therefore the maps are kept.
+
+PyTorch keeps compiled backward passes on disk and finds them by the names of the operators. So an operator whose outputs or backward
+change their meaning between two versions of this package takes a new name, or old caches give wrong gradients without a word.
 """
 from __future__ import annotations
 

@@ -154,24 +154,27 @@ def _finish_kernel(
     square_ptr, residual_ptr,  # [programs, C] fp32 partial sums
     weight_partial_ptr,        # [programs, C, K] fp32, or None
     raw_scale_ptr, loss_ptr,
-    parameters_ptr,            # fp32: raw_scale [C], bias [C], then weight [C, K] if there are partial sums of it
+    parameters_ptr,            # fp32: weight [C, K] if there are partial sums of it, then raw_scale [C], bias [C]
     programs, eps, factor, inverse_count,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_WEIGHT_PROGRAMS: tl.constexpr,
 ):
     """The first program finishes what has C elements, each other one a block of the weight's gradient."""
     block = tl.program_id(0)
+    scale_gradient_ptr = parameters_ptr
+    if weight_partial_ptr is not None:
+        scale_gradient_ptr += CHANNELS * HIDDEN
     if block == 0:
         offs_c, mask_c, variance = finish_channels(
-            square_ptr, raw_scale_ptr, loss_ptr, parameters_ptr, 0, programs, eps, factor, inverse_count,
+            square_ptr, raw_scale_ptr, loss_ptr, scale_gradient_ptr, 0, programs, eps, factor, inverse_count,
             CHANNELS, BLOCK_CHANNELS, BLOCK_PROGRAMS)
         residuals = column_sums(residual_ptr, programs, offs_c, mask_c, CHANNELS, BLOCK_PROGRAMS)
-        tl.store(parameters_ptr + CHANNELS + offs_c, residuals * inverse_count / variance, mask=mask_c)
+        tl.store(scale_gradient_ptr + CHANNELS + offs_c, residuals * inverse_count / variance, mask=mask_c)
     elif weight_partial_ptr is not None:
         offs_w = (block - 1) * BLOCK + tl.arange(0, BLOCK)
         mask_w = offs_w < CHANNELS * HIDDEN
         sums = column_sums(weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, BLOCK_WEIGHT_PROGRAMS)
-        tl.store(parameters_ptr + 2 * CHANNELS + offs_w, sums, mask=mask_w)
+        tl.store(parameters_ptr + offs_w, sums, mask=mask_w)
 
 
 def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, with_loss, with_gradient):
@@ -199,7 +202,7 @@ def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, w
 @torch.library.custom_op("fastvid::projected_vid_nll", mutates_args=())
 def _projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, eps: float,
                        factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The third output holds the gradients of raw_scale, bias and, if asked, weight in one row."""
+    """The third output holds the gradients of weight, if asked, raw_scale and bias in one row."""
     weight, bias, raw_scale = map(dense, (weight, bias, raw_scale))
     squares, residuals, gradient, weight_partial = _launch(
         hidden, weight, bias, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient)
@@ -242,7 +245,7 @@ def _backward(ctx, upstream, *_):
     first_derivative_only("projected_vid_nll", upstream)
     hidden_gradient, parameters = scale(ctx, upstream, parameters)
     channels = weight.shape[0]
-    scale_gradient, bias_gradient, weight_gradient = parameters[:channels], parameters[channels:2 * channels], parameters[2 * channels:]
+    weight_gradient, scale_gradient, bias_gradient = parameters[:-2 * channels], parameters[-2 * channels:-channels], parameters[-channels:]
     if hidden_gradient is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
         hidden_gradient, weight_gradient = _projected_vid_nll_gradient(upstream, hidden, weight, bias, target, raw_scale, eps, factor)
     needs = ctx.needs_input_grad
@@ -257,9 +260,11 @@ def _backward(ctx, upstream, *_):
 
 
 def _like(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient in the shape of the weight, and in its strides where they only name sides of one: DDP wants them equal."""
-    gradient = gradient.view(weight.shape)
-    return gradient.as_strided(weight.shape, weight.stride()) if weight.stride()[:2] == gradient.stride()[:2] else gradient
+    """The gradient [C·K] in the shape of the weight, and in its strides where it is contiguous or channels-last: DDP wants them equal."""
+    channels, width = weight.shape[:2]
+    if weight.stride() == (width, 1, width, width):
+        return gradient.view(channels, 1, 1, width).permute(0, 3, 1, 2)  # of the row's start: Inductor of torch 2.11 loses an offset
+    return gradient.view(weight.shape)
 
 
 _projected_vid_nll.register_autograd(_backward, setup_context=save)

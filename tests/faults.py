@@ -84,7 +84,7 @@ FAULTS = {
         "weight-mask-dropped": ("offs_w < CHANNELS * HIDDEN", "offs_w >= 0"),
         "gradient-counts-hidden-elements": ("eps, inverse_count(target, factor), CHANNELS", "eps, inverse_count(hidden, factor), CHANNELS"),
         "loss-counts-hidden-elements": ("eps, factor, inverse_count(target, factor)", "eps, factor, inverse_count(hidden, factor)"),
-        "gradients-swapped": ("parameters[channels:2 * channels]", "parameters[:channels]"),
+        "gradients-swapped": ("parameters[-channels:]", "parameters[-2 * channels:-channels]"),
         "two-pass-weight-of-one-program": ("weight_partial.sum(0)", "weight_partial[0]"),
         "target-gradient-lost": ("and not target.requires_grad", ""),
         "bias-of-the-convolution-ignored": ("None if bias is None else bias.to(hidden.dtype))", "None)"),
