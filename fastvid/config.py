@@ -134,7 +134,7 @@ class TrainConfig:
     """accuracies measured per run at most, evenly spread, the last epoch always among them; none: 50, and 5 when quick"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
-    loader: Literal["auto", "torch"] = "auto"
+    loader: Literal["auto", "dali", "torch"] = "auto"
     """what executes the batch plan"""
     checkpoint_minutes: float = 5.0
     """save the resume state this often"""

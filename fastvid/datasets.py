@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from fastvid import cache, decode
+from fastvid.decode import SIZE
 from fastvid.errors import InputError
 
-SIZE = 32  # pixels per side, of every data set
+CACHE = ".fastvid-cache"  # folder beside the data
 DIGITS_TRAIN_PER_CLASS = 140  # of 174 to 183; the rest is the test split
 
 
@@ -139,7 +141,7 @@ def load(name: str, root: str | Path, split: str, *, download: bool = False) -> 
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: choose train or test")
     if name in _CIFAR:
-        return _load_cifar(_CIFAR[name], Path(root), split, download)
+        return _load_cifar(name, Path(root), split, download)
     if name == "folder":
         return _load_folder(Path(root), split)
     if name == "digits":
@@ -160,7 +162,26 @@ def reflect_pad(images: np.ndarray, margin: int) -> np.ndarray:
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
 
 
-def _load_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:
+def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arrays]) -> Arrays:
+    """The split as it was made before, if `key` has not changed since; else made and kept."""
+    path = root / CACHE / f"{name}-{split}.safetensors"
+    found = cache.read(path, key)
+    if found is not None:
+        arrays, facts = found
+        return Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+    made = make()
+    cache.write(path, key, {"images": made.images, "labels": made.labels},
+                {"class_names": made.class_names, "mean": made.mean, "std": made.std})
+    return made
+
+
+def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
+    spec = _CIFAR[name]
+    md5s = (*getattr(spec, split).values(), spec.meta[1])
+    return _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download))
+
+
+def _read_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:
     if download:
         _download(spec, root)
     folder = root / spec.folder
@@ -207,9 +228,23 @@ def _load_folder(root: Path, split: str) -> Arrays:
         if test_names != class_names:
             odd = ", ".join(sorted(set(test_names) ^ set(class_names)))
             raise InputError(f"{root}: train and test hold different classes ({odd}): give both the same folders")
-    train_images = np.stack([_read_image(path) for path, _ in train_files])
-    images = train_images if split == "train" else np.stack([_read_image(path) for path, _ in files])
-    mean, std = channel_statistics(train_images)
+    train = _cached("folder", root, "train", _folder_key(train_files), lambda: _read_folder(train_files, class_names))
+    if split == "train":
+        return train
+    test = _cached("folder", root, "test", _folder_key(files), lambda: _read_folder(files, class_names))
+    return replace(test, mean=train.mean, std=train.std)
+
+
+def _folder_key(files: list[tuple[Path, int]]) -> str:
+    """Changes when a file is added, removed, renamed or written, or when another decoder reads them."""
+    states = ((str(path.relative_to(path.parents[2])), label, path.stat()) for path, label in files)
+    text = "\n".join(f"{name} {label} {state.st_size} {state.st_mtime_ns}" for name, label, state in states)
+    return f"{decode.decoder()} {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _read_folder(files: list[tuple[Path, int]], class_names: tuple[str, ...]) -> Arrays:
+    images = decode.images([path for path, _ in files])
+    mean, std = channel_statistics(images)
     return Arrays(images, np.array([label for _, label in files], dtype=np.int64), class_names, mean, std)
 
 
@@ -227,25 +262,6 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]
             raise InputError(f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder")
         files += [(path, label) for path in found]
     return files, class_names
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """uint8 [32, 32, 3]; another size is scaled (bicubic, antialiased) to cover 32x32 and cropped at its centre."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise InputError("--dataset folder needs Pillow: pip install pillow") from error
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of transparency that RGB drops
-            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow reports damage as any of these
-        raise InputError(f"{path}: not a readable image: replace or remove it") from error
-    if image.size != (SIZE, SIZE):
-        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(image)
 
 
 def _load_digits(split: str) -> Arrays:

@@ -8,11 +8,10 @@ from importlib.util import find_spec
 import torch
 
 import fastvid
-from fastvid import datasets
+from fastvid import datasets, loader
 from fastvid.engine import choose_device
 from fastvid.errors import InputError
 from fastvid.kernels import checks
-from fastvid.loader import choose_backend
 
 PACKAGES = {  # what each is for
     "torch": "training", "triton": "losses on a GPU", "numpy": "data", "safetensors": "weights", "tqdm": "progress",
@@ -25,7 +24,7 @@ def doctor(data: str) -> str:
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
     lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-             f"device    {name}", f"loader    {choose_backend('auto')}", f"losses    {_losses(device)}", "", "packages"]
+             f"device    {name}", f"loader    {loader.describe('auto')}", f"losses    {_losses(device)}", "", "packages"]
     lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
     lines += ["", f"data under {data}"]
     lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]

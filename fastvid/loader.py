@@ -1,21 +1,29 @@
 """A batch plan, executed: uint8 images in memory -> augmented, normalised, channels-last batches on a device.
 
-The pool is reflect-padded once and lives on the device; a batch is one gather of its cropped and flipped pixels, then
-(pixel - 255·mean) / (255·std) in fp32.
+The pool is reflect-padded once and lives on the device. Two executors give equal bits:
+
+    dali    one gather of whole padded images, then crop, mirror and normalise in one DALI operator, ahead of the training step
+    torch   one gather of the cropped and flipped pixels, then the arithmetic
+
+Both compute (pixel - 255·mean) · (1 / (255·std)) in fp32, with the reciprocal rounded from float64.
 """
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fastvid.datasets import SIZE, Arrays, reflect_pad
+from fastvid.decode import dali_is_installed
 from fastvid.errors import InputError
-from fastvid.plan import MARGIN, BatchPlan, Plan
+from fastvid.plan import MARGIN, BatchPlan
 
-BACKENDS = ("torch",)
+BACKENDS = ("dali", "torch")
+PREFETCH = 2  # batches that DALI prepares ahead: one is taken while another is made
 
 
 class Batch(NamedTuple):
@@ -26,30 +34,56 @@ class Batch(NamedTuple):
 
 
 def choose_backend(backend: str) -> str:
-    """What executes the plan for this --loader. Raises InputError for one that is not there."""
+    """What executes the plan for this --loader: auto takes DALI where it is installed. Raises InputError for one that is not there."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"unknown loader {backend!r}: choose from auto, {', '.join(BACKENDS)}")
-    return BACKENDS[0] if backend == "auto" else backend
+    installed = dali_is_installed()
+    if backend == "dali" and not installed:
+        raise InputError("--loader dali needs DALI: pip install nvidia-dali-cuda130 (Linux; nvidia-dali-cuda120 for CUDA 12), "
+                         "or take --loader torch, which gives the same batches")
+    return "dali" if installed and backend != "torch" else "torch"
+
+
+def describe(backend: str) -> str:
+    """The executor of this --loader in words, with its version."""
+    if choose_backend(backend) == "torch":
+        return "torch" if dali_is_installed() else "torch (DALI is not installed)"
+    versions = (dist.version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") for dist in metadata.distributions(name=name))
+    return f"dali {next(versions, '')}".strip()
 
 
 def train_loader(arrays: Arrays, plan: BatchPlan, *, backend: str = "auto", device: str | torch.device = "cpu",
                  dtype: torch.dtype | None = None) -> TrainLoader:
     """Batches of `arrays` as `plan` orders, crops and flips them.
 
-    backend: auto or torch.  device: where the pool and the batches live.  dtype: of the images, fp32 unless given.
-    Raises InputError for an unknown backend, ValueError when plan and arrays differ in length.
+    backend: auto, dali or torch; the batches are the same.  device: where the pool and the batches live.
+    dtype: of the images, fp32 unless given.
+    Raises InputError for an unknown backend or one that is not installed, ValueError when plan and arrays differ in length.
     """
-    choose_backend(backend)
+    chosen = choose_backend(backend)
     if plan.num_images != len(arrays):
         raise ValueError(f"the plan is for {plan.num_images} images, the arrays hold {len(arrays)}")
-    return TrainLoader(arrays, plan, torch.device(device), dtype or torch.float32)
+    executor = _DaliExecutor if chosen == "dali" else _TorchExecutor
+    return TrainLoader(plan, executor(arrays, plan, torch.device(device), dtype or torch.float32))
 
 
 class TrainLoader:
-    """`for images, labels in loader.epoch(e)`; see train_loader."""
+    """`for images, labels in loader.epoch(e)`; see train_loader. One for a whole run: nothing is rebuilt between epochs."""
+
+    def __init__(self, plan: BatchPlan, executor: _TorchExecutor | _DaliExecutor):
+        self.plan, self._executor = plan, executor
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `start_step` on. A rank that a short last batch leaves out gets an empty one."""
+        for step in range(start_step, self.plan.steps_per_epoch):
+            yield self._executor.batch(epoch, step)
+
+
+class _TorchExecutor:
+    """Plain PyTorch, on any device."""
 
     def __init__(self, arrays: Arrays, plan: BatchPlan, device: torch.device, dtype: torch.dtype):
-        self.plan, self.device = plan, device
+        self._plan, self._device = plan, device
         padded = reflect_pad(arrays.images, MARGIN)
         self._padded_size = padded.shape[1]
         self._pixels = _rgbx(padded).to(device)
@@ -57,18 +91,126 @@ class TrainLoader:
         self._normalise = _Normaliser(arrays, device, dtype)
         self._column = torch.arange(SIZE, device=device)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from `start_step` on."""
-        for step in range(start_step, self.plan.steps_per_epoch):
-            yield self._execute(self.plan.batch(epoch, step))
-
-    def _execute(self, plan: Plan) -> Batch:
-        indices, top, left, flip = torch.from_numpy(np.stack(plan)).to(self.device)  # one transfer; bool becomes 0 and 1
+    def batch(self, epoch: int, step: int) -> Batch:
+        plan = self._plan.batch(epoch, step)
+        indices, top, left, flip = torch.from_numpy(np.stack(plan)).to(self._device)  # one transfer; bool becomes 0 and 1
         size = self._padded_size
         columns = left[:, None] + torch.where(flip[:, None] == 1, SIZE - 1 - self._column, self._column)  # [B, 32]
         rows = (indices[:, None] * size + top[:, None] + self._column) * size  # [B, 32], first pixel of each row
         pixels = self._pixels.take(rows[:, :, None] + columns[:, None, :])
         return Batch(self._normalise(pixels), self._labels[indices])
+
+
+class _DaliExecutor:
+    """One DALI pipeline for the whole run. It prepares the batches that follow; where another is asked for, those are dropped."""
+
+    def __init__(self, arrays: Arrays, plan: BatchPlan, device: torch.device, dtype: torch.dtype):
+        self._plan, self._dtype = plan, dtype
+        self._source = _DaliSource(arrays, plan, device)
+        self._pipeline = _build_pipeline(self._source, arrays, device)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        if not len(self._plan.batch(epoch, step).indices):
+            labels = self._source.labels[:0]
+            return Batch(labels.new_empty(0, 3, SIZE, SIZE, dtype=self._dtype), labels)
+        wanted = epoch * self._plan.steps_per_epoch + step
+        self._source.seek(wanted)
+        number = None
+        while number != wanted:
+            images, = self._pipeline.run()
+            number, labels = self._source.taken()
+        images = torch.from_dlpack(images.as_tensor()).to(self._dtype)  # valid as long as it is held
+        return Batch(images.permute(0, 3, 1, 2), labels)
+
+
+class _DaliSource:
+    """What DALI asks for its input: the padded images of the next batch of the plan, and their crops and flips.
+
+    DALI reads the arrays in place and later, so each batch fills the next of a ring of buffers, one more than can be under way.
+    """
+
+    def __init__(self, arrays: Arrays, plan: BatchPlan, device: torch.device):
+        self._plan = plan
+        self._pool = torch.from_numpy(reflect_pad(arrays.images, MARGIN)).to(device)
+        self.labels = torch.from_numpy(arrays.labels).to(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.batch_size = -(-plan.batch_size // plan.world_size)
+        self._ring = deque(
+            (torch.empty(self.batch_size, *self._pool.shape[1:], dtype=torch.uint8, device=device),
+             np.empty((2, self.batch_size), np.float32), np.empty(self.batch_size, np.int32)) for _ in range(PREFETCH + 3))
+        self._next = 0  # number of a batch, counted from the first of epoch 0
+        self._under_way: deque[tuple[int, torch.Tensor]] = deque()
+        self._images: deque = deque()
+        self._parameters: deque = deque()
+
+    def seek(self, number: int) -> None:
+        """This batch comes: unless it is under way, it is the next one to be made."""
+        if number not in (other for other, _ in self._under_way):
+            self._next = number
+
+    def taken(self) -> tuple[int, torch.Tensor]:
+        """Number and labels of the batch that DALI has just given out."""
+        number, labels = self._under_way.popleft()
+        if self.stream is not None:  # the work on its images waits for this stream, so that on the labels need not
+            labels.record_stream(torch.cuda.current_stream(labels.device))
+        return number, labels
+
+    def images(self) -> np.ndarray | torch.Tensor:
+        if not self._images:
+            self._make()
+        return self._images.popleft()
+
+    def parameters(self) -> tuple[np.ndarray, ...]:
+        if not self._parameters:
+            self._make()
+        return self._parameters.popleft()
+
+    def _make(self) -> None:
+        plan = self._plan.batch(*divmod(self._next, self._plan.steps_per_epoch))
+        while not (count := len(plan.indices)):  # DALI knows no empty batch
+            self._next += 1
+            plan = self._plan.batch(*divmod(self._next, self._plan.steps_per_epoch))
+        images, crops, flips = (buffer[..., :count] if buffer.ndim < 4 else buffer[:count] for buffer in self._ring[0])
+        self._ring.rotate(-1)
+        labels = self._gather(plan.indices, images)
+        crops[:] = np.stack((plan.left, plan.top)) / (2 * MARGIN)  # k/8 is exact, and the crop starts at pixel k
+        flips[:] = plan.flip
+        self._under_way.append((self._next, labels))
+        self._next += 1
+        self._images.append(images.numpy() if self.stream is None else images)
+        self._parameters.append((*crops, flips))
+
+    def _gather(self, indices: np.ndarray, images: torch.Tensor) -> torch.Tensor:
+        """Copies these images of the pool into `images`. Returns their labels."""
+        if self.stream is None:
+            np.take(self._pool.numpy(), indices, axis=0, out=images.numpy(), mode="clip")  # mode="raise" would buffer `out`
+            return self.labels[torch.from_numpy(indices)]
+        self.stream.wait_stream(torch.cuda.current_stream(images.device))  # which waited for DALI to read what these buffers held
+        with torch.cuda.stream(self.stream):
+            on_device = torch.from_numpy(indices).pin_memory().to(images.device, non_blocking=True)
+            labels = self.labels[on_device]
+            torch.index_select(self._pool, 0, on_device, out=images)
+        return labels
+
+
+def _build_pipeline(source: _DaliSource, arrays: Arrays, device: torch.device):
+    """uint8 [B, 40, 40, 3] -> fp32 [B, 32, 32, 3], normalised."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu = source.stream is not None
+    mean, scale = _constants(arrays)
+
+    @pipeline_def(batch_size=source.batch_size, num_threads=min(2, torch.get_num_threads()), prefetch_queue_depth=PREFETCH,
+                  device_id=(device.index or torch.cuda.current_device()) if on_gpu else None)
+    def pipeline():
+        images = fn.external_source(source=source.images, layout="HWC", device="gpu" if on_gpu else "cpu", no_copy=True,
+                                    cuda_stream=source.stream)
+        left, top, flip = fn.external_source(source=source.parameters, num_outputs=3, no_copy=True)
+        return fn.crop_mirror_normalize(
+            images, crop=(SIZE, SIZE), crop_pos_x=left, crop_pos_y=top, mirror=flip, mean=mean.tolist(), std=(1 / scale).tolist(),
+            output_layout="HWC", dtype=types.FLOAT)
+
+    return pipeline()
 
 
 class EvalLoader:
@@ -90,15 +232,18 @@ class _Normaliser:
     """int32 pixels [B, 32, 32] -> [B, 3, 32, 32] channels-last, without a copy after the arithmetic."""
 
     def __init__(self, arrays: Arrays, device: torch.device, dtype: torch.dtype):
-        mean = np.array(arrays.mean, dtype=np.float64) * 255
-        scale = 1 / (np.array(arrays.std, dtype=np.float64) * 255)
-        self._mean, self._scale = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, scale))
+        self._mean, self._scale = (torch.tensor(values, dtype=torch.float32, device=device) for values in _constants(arrays))
         self._dtype = dtype
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         rgb = pixels.view(torch.uint8).view(*pixels.shape, 4)[..., :3]
         images = (rgb.float() - self._mean).mul_(self._scale).to(self._dtype)
         return images.permute(0, 3, 1, 2)
+
+
+def _constants(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """255·mean and 1 / (255·std) per channel, float64."""
+    return np.array(arrays.mean) * 255, 1 / (np.array(arrays.std) * 255)
 
 
 def _rgbx(images: np.ndarray) -> torch.Tensor:

@@ -22,7 +22,7 @@ from fastvid.config import CIRCUMSTANCES, OPTION_GROUPS, TrainConfig, method_par
 from fastvid.datasets import Data
 from fastvid.engine import Learner, evaluate
 from fastvid.errors import InputError
-from fastvid.loader import EvalLoader
+from fastvid.loader import EvalLoader, describe
 from fastvid.methods import build
 from fastvid.results import Evaluation, RunResult
 from fastvid.wresnet import WideResNet
@@ -111,7 +111,8 @@ class Run:
             images_per_second=len(data.train) * config.epochs / self.seconds,
             group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
             data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
-            config=json.loads(json.dumps(dataclasses.asdict(config))), environment=environment(self.device))
+            config=json.loads(json.dumps(dataclasses.asdict(config))),
+            environment={**environment(self.device), "loader": describe(config.loader)})
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result

@@ -22,7 +22,7 @@ from fastvid.config import TrainConfig
 from fastvid.datasets import Data
 from fastvid.engine import GroupStep, choose_device, evaluate
 from fastvid.errors import InputError, Interrupted
-from fastvid.loader import EvalLoader, train_loader
+from fastvid.loader import EvalLoader, describe, train_loader
 from fastvid.plan import BatchPlan
 from fastvid.progress import Progress, say
 from fastvid.results import RunResult
@@ -89,6 +89,7 @@ def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: Wide
     images_done = first_epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
+    say(f"{title}: batches by {describe(config.loader)}")
     with stop_on_signal() as stop, closing(Progress(title, config.epochs * len(data.train), images_done)) as progress:
         last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):

@@ -79,7 +79,7 @@ FAULTS = {
         "weight-partials-mask-dropped": ("mask=mask_c[:, None] & (offs_k", "mask=(offs_c >= 0)[:, None] & (offs_k"),
         "weight-partials-stride-is-channels": ("offs_w, mask_w, CHANNELS * HIDDEN,", "offs_w, mask_w, CHANNELS,"),
         "bias-gradient-variance-missing": ("residuals * inverse_count / variance", "residuals * inverse_count"),
-        "bias-gradient-in-place-of-the-scale-s": ("parameters_ptr + CHANNELS + offs_c", "parameters_ptr + offs_c"),
+        "bias-gradient-in-place-of-the-scale-s": ("scale_gradient_ptr + CHANNELS + offs_c", "scale_gradient_ptr + offs_c"),
         "first-weights-left-out": ("(block - 1) * BLOCK", "block * BLOCK"),
         "weight-mask-dropped": ("offs_w < CHANNELS * HIDDEN", "offs_w >= 0"),
         "gradient-counts-hidden-elements": ("eps, inverse_count(target, factor), CHANNELS", "eps, inverse_count(hidden, factor), CHANNELS"),

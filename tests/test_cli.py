@@ -366,7 +366,7 @@ def test_a_teacher_that_says_it_was_trained_on_other_classes_or_constants_is_ref
     pytest.param(["sklearn", "sklearn.datasets"], [], "--dataset digits needs scikit-learn: pip install scikit-learn", id="scikit-learn"),
     pytest.param(["torchvision"], ["--dataset", "cifar10", "--download"], "--download needs torchvision: pip install torchvision",
                  id="torchvision"),
-    pytest.param(["PIL"], ["--dataset", "folder"], "--dataset folder needs Pillow: pip install pillow", id="pillow"),
+    pytest.param(["PIL", "nvidia.dali"], ["--dataset", "folder"], "--dataset folder needs Pillow: pip install pillow", id="pillow"),
 ])
 def test_a_missing_package_is_named_with_the_command_that_brings_it(refused, monkeypatch, tmp_path, modules, options, phrase):
     for name in ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"):
@@ -463,7 +463,7 @@ def test_doctor_says_versions_device_loader_losses_packages_and_data(tmp_path, c
     assert cli.main(["doctor", "--data", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for pattern in (rf"^fastvid {fastvid.__version__}, Python {sys.version_info.major}\.{sys.version_info.minor}\.",
-                    r"^device +\S", r"^loader +torch$", r"^losses +(PyTorch, in blocks|Triton kernels)",
+                    r"^device +\S", r"^loader +(dali \d+\.\d+|torch)", r"^losses +(PyTorch, in blocks|Triton kernels)",
                     rf"^  torch +{re.escape(metadata.version('torch'))} +training$", rf"^  numpy +{re.escape(np.__version__)} ",
                     rf"^data under {tmp_path}$", r"^  cifar10 +not found$", r"^  folder +not found$",
                     r"^  digits +1,400 training and 397 test images$"):

@@ -338,7 +338,7 @@ def test_unknown_names_are_refused_with_the_choices(tmp_path):
 
 @pytest.mark.parametrize("name, download, modules, package", [
     pytest.param("digits", False, ("sklearn", "sklearn.datasets"), "scikit-learn", id="digits"),
-    pytest.param("folder", False, ("PIL",), "Pillow", id="folder"),
+    pytest.param("folder", False, ("PIL", "nvidia.dali"), "Pillow", id="folder"),
     pytest.param("cifar10", True, ("torchvision",), "torchvision", id="download"),
 ])
 def test_a_missing_optional_package_is_named_with_the_command_that_brings_it(name, download, modules, package, folder, monkeypatch):

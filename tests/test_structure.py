@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import modules of earlier lines only.
 LAYERS = """
 errors
-fastvid config files plan progress results datasets wresnet
+fastvid config files plan progress results wresnet
+cache decode
+datasets
 checkpoint loader table
 plots
 kernels.launch kernels.reference
@@ -41,7 +43,7 @@ __main__
 """
 LAYER_OF = {("" if name == "fastvid" else name): number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 LIGHT = ("config", "errors", "results", "files", "table", "report", "cli", "")  # neither torch nor NumPy
-WITHOUT_TORCH = (*LIGHT, "plan", "datasets", "progress", "__main__")
+WITHOUT_TORCH = (*LIGHT, "plan", "cache", "decode", "datasets", "progress", "__main__")
 
 
 def _sources():

@@ -1,0 +1,119 @@
+"""Files of images -> uint8 [n, 32, 32, 3], RGB: decoded by DALI where it is installed, else by Pillow.
+
+Of an image of another size the largest square in its middle is scaled (bicubic, antialiased). PNG and JPEG files of 32x32 pixels give
+equal arrays either way; scaled ones differ by a few of the 255 levels.
+"""
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fastvid.errors import InputError
+
+SIZE = 32  # pixels per side, of every data set
+_BATCH = 64  # images that DALI decodes at a time
+
+
+def dali_is_installed() -> bool:
+    if "nvidia.dali" in sys.modules:
+        return sys.modules["nvidia.dali"] is not None
+    return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
+
+
+def decoder() -> str:
+    """What decodes on this machine: dali or pillow."""
+    return "dali" if dali_is_installed() else "pillow"
+
+
+def images(paths: Sequence[Path]) -> np.ndarray:
+    """All of them, in this order. Raises InputError that names the first one that is damaged."""
+    decoded = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
+    with tqdm(total=len(paths), desc="decoding", unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+        for index, image in enumerate(_by_dali(paths) if decoder() == "dali" else map(_by_pillow, paths)):
+            decoded[index] = image
+            bar.update()
+    return decoded
+
+
+def _by_dali(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    pipeline = _pipeline(paths, _BATCH)
+    for first in range(0, len(paths), _BATCH):
+        part = paths[first:first + _BATCH]
+        try:
+            with _native_messages_hidden():
+                images, = pipeline.run()
+        except RuntimeError:
+            for path in part:  # one by one: DALI does not say which
+                _check(path)
+            raise
+        yield from np.asarray(images.as_tensor())[:len(part)]
+
+
+def _check(path: Path) -> None:
+    try:
+        with _native_messages_hidden():
+            _pipeline([path], 1).run()
+    except RuntimeError as error:
+        raise _unreadable(path) from error
+
+
+def _pipeline(paths: Sequence[Path], batch_size: int):
+    """DALI from files to uint8 [batch_size, 32, 32, 3], without a batch ahead: an error belongs to the batch that was asked for."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch_size, num_threads=len(os.sched_getaffinity(0)), device_id=None,
+                  prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
+    def pipeline():
+        encoded, _ = fn.readers.file(files=list(map(str, paths)))
+        image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)  # as Pillow does
+        size = fn.slice(image.shape(dtype=types.FLOAT), 0, 2, axes=[0])
+        side = fn.reductions.min(size)
+        corner = (size - side) / 2
+        return fn.resize(image, size=[SIZE, SIZE], roi_start=corner, roi_end=corner + side,
+                         interp_type=types.INTERP_CUBIC, antialias=True)
+
+    return pipeline()
+
+
+def _by_pillow(path: Path) -> np.ndarray:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError("--dataset folder needs Pillow: pip install pillow, or on Linux DALI: pip install nvidia-dali-cuda130") from error
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of transparency that RGB drops
+            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
+                image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow reports damage as any of these
+        raise _unreadable(path) from error
+    if image.size != (SIZE, SIZE):
+        image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _unreadable(path: Path) -> InputError:
+    return InputError(f"{path}: not a readable image: replace or remove it")
+
+
+@contextmanager
+def _native_messages_hidden() -> Iterator[None]:
+    """The decoders write their own account of a damaged file, in colour, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
