@@ -6,8 +6,10 @@ equal arrays either way; scaled ones differ by a few of the 255 levels.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -44,6 +46,9 @@ def images(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _by_dali(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    for path in paths:  # first: DALI 2.4 may end the process where a batch holds a file whose header it cannot read
+        if not _has_structure(path.read_bytes()):
+            raise _unreadable(path)
     pipeline = _pipeline(paths, _BATCH)
     for first in range(0, len(paths), _BATCH):
         part = paths[first:first + _BATCH]
@@ -55,6 +60,48 @@ def _by_dali(paths: Sequence[Path]) -> Iterator[np.ndarray]:
                 _check(path)
             raise
         yield from np.asarray(images.as_tensor())[:len(part)]
+
+
+def _has_structure(content: bytes) -> bool:
+    """Whether these bytes are a PNG file with whole chunks, or a JPEG file with whole segments up to its pixels."""
+    try:
+        return _is_png(content) if content[:4] == b"\x89PNG" else _is_jpeg(content)
+    except (struct.error, IndexError):  # the file ends too early
+        return False
+
+
+def _is_png(content: bytes) -> bool:
+    """Signature, IHDR first, IEND last, and the CRC of each chunk (PNG specification, section 5)."""
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or content[8:16] != b"\0\0\0\rIHDR":
+        return False
+    position, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", content, position)
+        checksum, = struct.unpack_from(">I", content, position + 8 + length)
+        if checksum != zlib.crc32(memoryview(content)[position + 4:position + 8 + length]):
+            return False
+        position += length + 12
+    return True
+
+
+def _is_jpeg(content: bytes) -> bool:
+    """SOI, then segments among which a frame with a size, up to SOS (ITU-T T.81, annex B)."""
+    if content[:2] != b"\xff\xd8":
+        return False
+    position, sized = 2, False
+    while True:
+        if content[position] != 0xFF:
+            return False
+        while content[position] == 0xFF:  # fill bytes
+            position += 1
+        marker = content[position]
+        if marker == 0xDA:
+            return sized
+        length, = struct.unpack_from(">H", content, position + 1)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", content, position + 4)
+            sized = height > 0 and width > 0
+        position += 1 + length
 
 
 def _check(path: Path) -> None:
@@ -72,7 +119,7 @@ def _pipeline(paths: Sequence[Path], batch_size: int):
     @pipeline_def(batch_size=batch_size, num_threads=len(os.sched_getaffinity(0)), device_id=None,
                   prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
     def pipeline():
-        encoded, _ = fn.readers.file(files=list(map(str, paths)))
+        encoded, _ = fn.readers.file(files=list(map(str, paths)), dont_use_mmap=True)  # a file that shrinks would end the process
         image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)  # as Pillow does
         size = fn.slice(image.shape(dtype=types.FLOAT), 0, 2, axes=[0])
         side = fn.reductions.min(size)

@@ -181,47 +181,6 @@ def test_both_splits_of_a_folder_are_normalised_by_the_training_images(folder):
     assert channel_statistics(test.images) != (test.mean, test.std)
 
 
-def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(folder):
-    pixels = np.zeros((64, 96, 3), np.uint8)
-    pixels[..., 0] = 255
-    pixels[:32, 16:80] = (0, 50, 0)  # the central square: dark above, bright below
-    pixels[32:, 16:80] = (0, 250, 0)
-    Image.fromarray(pixels).save(folder / "train/ant/a.png")
-    image = datasets.load("folder", folder, "train").images[0]
-    # the bicubic kernel, scaled by 2, reaches 4 pixels of the source: 2 of the result
-    assert image[:, 2:-2, 0].max() == 0  # the red sides are gone
-    assert (image[:14, 2:-2, 1] == 50).all() and (image[18:, 2:-2, 1] == 250).all()
-
-
-def _palette():
-    image = Image.new("P", (32, 32), 1)
-    image.putpalette([0, 0, 0, *GREEN])
-    return image
-
-
-@pytest.mark.parametrize("image, expected", [
-    pytest.param(Image.new("L", (32, 32), 100), (100, 100, 100), id="greyscale"),
-    pytest.param(_palette(), GREEN, id="palette"),
-    pytest.param(Image.new("RGBA", (32, 32), (*GREEN, 128)), GREEN, id="alpha-is-dropped"),
-    pytest.param(Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)), (100, 100, 100), id="sixteen-bit-greyscale"),
-])
-def test_other_pixel_formats_become_rgb(image, expected, folder):
-    image.save(folder / "train/ant/a.png")
-    assert (datasets.load("folder", folder, "train").images[0] == expected).all()
-
-
-@pytest.mark.parametrize("file, damage", [
-    pytest.param("ant/a.png", lambda content: content[: len(content) // 2], id="cut-png"),
-    pytest.param("ant/b.JPG", lambda content: content[: len(content) // 2], id="cut-jpg"),
-    pytest.param("wasp/0.png", lambda content: b"<html>", id="another-file"),
-])
-def test_a_damaged_image_is_named_with_the_remedy(file, damage, folder):
-    path = folder / "train" / file
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"{file}: not a readable image: replace or remove it"):
-        datasets.load("folder", folder, "train")
-
-
 def test_a_class_in_one_split_only_is_named(folder):
     save(folder / "test/bee/0.png", RED)
     with pytest.raises(InputError, match=r"train and test hold different classes \(bee\)"):

@@ -1,0 +1,175 @@
+"""Files of images to pixels: the same by DALI and by Pillow, and a damaged one is named."""
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvid import decode
+from fastvid.errors import InputError
+
+GREEN = (10, 200, 30)
+
+
+@pytest.fixture(params=["dali", "pillow"])
+def decoder(request, monkeypatch):
+    """Each decoder."""
+    if request.param == "pillow":
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    elif not decode.dali_is_installed():
+        pytest.skip("DALI is not installed")
+    assert decode.decoder() == request.param
+    return request.param
+
+
+def noise(height=32, width=32, seed=0):
+    """Smooth colours with detail, as a photograph has."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(coarse).astype(int) + random.integers(-20, 20, (height, width, 3))).clip(0, 255).astype(np.uint8))
+
+
+def grey16():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16))
+
+
+def alpha():
+    image = noise().convert("RGBA")
+    image.putalpha(noise(seed=1).convert("L"))
+    return image
+
+
+def palette(**info):
+    image = noise().convert("P")
+    image.info.update(info)
+    return image
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x112] = 6  # a camera held upright
+    return {"format": "JPEG", "exif": exif}
+
+
+FORMATS = {
+    "rgb.png": (noise(), {"format": "PNG"}),
+    "grey.png": (noise().convert("L"), {"format": "PNG"}),
+    "grey-16-bit.png": (grey16(), {"format": "PNG"}),
+    "black-and-white.png": (noise().convert("1"), {"format": "PNG"}),
+    "palette.png": (palette(), {"format": "PNG"}),
+    "transparent-palette.png": (palette(), {"format": "PNG", "transparency": 3}),
+    "alpha.png": (alpha(), {"format": "PNG"}),
+    "grey-alpha.png": (alpha().convert("LA"), {"format": "PNG"}),
+    "444.jpg": (noise(), {"format": "JPEG", "quality": 90, "subsampling": 0}),
+    "422.jpg": (noise(), {"format": "JPEG", "quality": 75, "subsampling": 1}),
+    "420.jpeg": (noise(), {"format": "JPEG", "quality": 60, "subsampling": 2}),
+    "progressive.JPG": (noise(), {"format": "JPEG", "progressive": True}),
+    "grey.jpg": (noise().convert("L"), {"format": "JPEG"}),
+    "cmyk.jpg": (noise().convert("CMYK"), {"format": "JPEG"}),
+    "turned.jpg": (noise(), turned()),
+    "jpeg-by-content.png": (noise(), {"format": "JPEG"}),
+}
+
+
+def save(folder, name, image, options):
+    path = folder / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillow(name, tmp_path, monkeypatch):
+    if not decode.dali_is_installed():
+        pytest.skip("DALI is not installed")
+    path = save(tmp_path, name, *FORMATS[name])
+    by_dali = decode.images([path])
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert by_dali.shape == (1, 32, 32, 3) and by_dali.dtype == np.uint8
+    assert np.array_equal(by_dali, decode.images([path]))
+
+
+@pytest.mark.parametrize("image, expected", [
+    pytest.param(Image.new("L", (32, 32), 100), (100, 100, 100), id="greyscale"),
+    pytest.param(Image.new("RGBA", (32, 32), (*GREEN, 128)), GREEN, id="alpha-is-dropped"),
+    pytest.param(Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)), (100, 100, 100), id="sixteen-bit-greyscale"),
+])
+def test_other_pixel_formats_become_rgb(image, expected, tmp_path, decoder):
+    assert (decode.images([save(tmp_path, "a.png", image, {})]) == expected).all()
+
+
+@pytest.mark.parametrize("size", [(500, 375), (53, 77), (32, 48), (33, 33), (20, 24), (1, 1)], ids=str)
+def test_scaled_images_of_dali_and_pillow_differ_by_a_few_levels(size, tmp_path, monkeypatch):
+    if not decode.dali_is_installed():
+        pytest.skip("DALI is not installed")
+    paths = [save(tmp_path, f"{seed}.png", noise(*size, seed), {}) for seed in range(8)]
+    by_dali = decode.images(paths).astype(int)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    difference = np.abs(by_dali - decode.images(paths))
+    # both round to uint8 after each axis, and DALI tabulates the kernel; another filter or half a pixel's shift is off by 20 and more
+    assert difference.max() <= 6 and difference.mean() < 0.5
+
+
+def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(tmp_path, decoder):
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[..., 0] = 255
+    pixels[:32, 16:80] = (0, 50, 0)  # the central square: dark above, bright below
+    pixels[32:, 16:80] = (0, 250, 0)
+    image, = decode.images([save(tmp_path, "a.png", Image.fromarray(pixels), {})])
+    # the bicubic kernel, scaled by 2, reaches 4 pixels of the source: 2 of the result
+    assert image[:, 2:-2, 0].max() == 0  # the red sides are gone
+    assert (image[:14, 2:-2, 1] == 50).all() and (image[18:, 2:-2, 1] == 250).all()
+
+
+def test_images_come_in_the_order_of_their_files_over_many_batches(tmp_path, decoder):
+    colours = np.random.default_rng(0).integers(0, 256, (150, 3), dtype=np.uint8)  # 64 + 64 + 22
+    plain = [Image.new("RGB", (32, 32), tuple(colour)) for colour in colours.tolist()]
+    paths = [save(tmp_path, f"{index}.png", image, {}) for index, image in enumerate(plain)]
+    assert np.array_equal(decode.images(paths), np.broadcast_to(colours[:, None, None], (150, 32, 32, 3)))
+
+
+def encoded(format):
+    memory = io.BytesIO()
+    noise(60, 60).save(memory, format)
+    return memory.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param(encoded("PNG")[:1000], id="cut-png"),
+    pytest.param(encoded("JPEG")[:1000], id="cut-jpg"),
+    pytest.param(encoded("PNG")[:60] + bytes(60) + encoded("PNG")[120:], id="zeroed-block"),
+    pytest.param(b"<html>", id="another-file"),
+    pytest.param(b"", id="empty"),
+])
+@pytest.mark.parametrize("position", [0, 70])
+def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(content, position, tmp_path, decoder, capfd):
+    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(position + 2)]
+    paths[position].write_bytes(content)
+    with pytest.raises(InputError, match=rf"/{position}.png: not a readable image: replace or remove it"):
+        decode.images(paths)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_decoding_shows_its_progress_on_a_terminal(tmp_path, decoder, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    decode.images([save(tmp_path, "a.png", noise(), {})])
+    assert "decoding" in capsys.readouterr().err
+
+
+def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path, decoder):
+    random, read, named = np.random.default_rng(0), 0, 0
+    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(20)]
+    for _ in range(150):
+        content = bytearray(encoded(random.choice(["PNG", "JPEG"])))
+        spot = random.integers(len(content) if random.random() < 0.5 else 700)
+        damage = random.choice(["flip", "cut", "zero"])
+        content[spot:] = {"flip": bytes([content[spot] ^ 1 << random.integers(8)]) + content[spot + 1:], "cut": b"",
+                          "zero": bytes(min(64, len(content) - spot)) + content[spot + 64:]}[damage]
+        paths[7].write_bytes(content)
+        try:
+            assert decode.images(paths).shape == (20, 32, 32, 3)
+            read += 1
+        except InputError as error:
+            assert f"{paths[7]}: not a readable image" in str(error)
+            named += 1
+    assert read > 10 and named > 50  # a JPEG file has no checksums: pixels may change
