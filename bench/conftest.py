@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     group.addoption("--rows", type=Path, metavar="FILE", help="append every row to this file, one JSON object a line; no table")
     group.addoption("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the feature maps and logits")
     group.addoption("--quick", action="store_true", help="small batch, one tap, few rounds: shows that everything runs, measures little")
+    group.addoption("--data", metavar="DIR", help="folder that holds cifar-10-batches-py, for the loader")
     group.addoption("--commit", help="of this code, where the folder is no checkout that could tell")
 
 
@@ -81,6 +82,14 @@ def table(rows: list[dict]) -> list[str]:
             line += f"{row['gb_per_s']:7.0f}{row['of_copy']:9.1%}"
         if same(row) in references:
             line += f"{references[same(row)] / time:9.2f}x"
+        if "of_torchvision" in row:
+            line += f" {row['images_per_s']:,} images/s, {row['of_torchvision']:.1f}x torchvision"
+        if "last_of_first" in row:
+            line += f" {row['last_of_first']:.2f}x the first epochs of {row['epochs']}"
+        if "load_us" in row:
+            line += f" {row['load_us'][0]:.0f} us of it to read the arrays, after {row['import_us'][0]:.0f} us of imports"
+        if "exposed" in row:
+            line += f" {row['exposed']:+.1%} beside a static batch"
         if "losses_share" in row:
             line += f" {row['losses_us'][0]:.0f} us of it in the four vid_nll: {row['losses_share']:.1%}"
         lines.append(line)

@@ -13,7 +13,6 @@ which nothing has touched since. The rows of `copy`, as many bytes launched the 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from functools import lru_cache, partial, reduce
 from operator import add
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvid.kernels.launch import triton
+from clock import DEVICE, ON_GPU, gpu_microseconds, quantiles, synchronize, wall_microseconds
 from torch import Tensor
 
 from fastvid import kernels
@@ -31,8 +30,6 @@ from fastvid.engine import GroupStep, Learner
 from fastvid.methods import build
 from fastvid.wresnet import TAPS, WideResNet, channels
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEACHER, STUDENT = dict(zip(TAPS, channels(2))), dict(zip(TAPS, channels(1)))
 SIDE = dict(zip(TAPS, (32, 32, 16, 8)))
@@ -212,34 +209,6 @@ def assert_close(outputs: list[list[Tensor]], wanted: list[list[Tensor]], tolera
         for index, (one, other) in enumerate(zip(given, right, strict=True)):
             error = ((one.double() - other).norm() / other.norm()).item()
             assert error <= tolerance, f"output {index} of call {number} is off by {error:.2g} of its norm"  # NaN fails too
-
-
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def quantiles(values: list[float]) -> list[float]:
-    """p50, p20, p80, to four digits."""
-    return [float(f"{value:.4g}") for value in np.quantile(values, (0.5, 0.2, 0.8))]
-
-
-def gpu_microseconds(call: Callable, quick: bool) -> list[float]:
-    """p50, p20, p80 by events, each time with the L2 overwritten before."""
-    times = triton.testing.do_bench(call, warmup=10, rep=10 if quick else 40, quantiles=(0.5, 0.2, 0.8))  # milliseconds
-    return [1e3 * value for value in times]
-
-
-def wall_microseconds(call: Callable, rounds: int) -> list[float]:
-    """p50, p20, p80 by the host's clock."""
-    times = []
-    for _ in range(1 + rounds):
-        synchronize()
-        started = time.perf_counter()
-        call()
-        synchronize()
-        times.append(1e6 * (time.perf_counter() - started))
-    return quantiles(times[1:])  # the first one warms up
 
 
 @pytest.fixture(scope="session")

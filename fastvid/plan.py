@@ -48,9 +48,15 @@ class BatchPlan:
         """The batch of this rank at `step` (0 .. steps_per_epoch - 1) of `epoch`. Raises IndexError outside."""
         if not 0 <= step < self.steps_per_epoch or epoch < 0:
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
+        return Plan(*(values[self._mine(step)].copy() for values in self._epoch(epoch)))
+
+    def size(self, step: int) -> int:
+        """Images of this rank's batch at `step`: in a short last one, possibly none."""
+        return len(range(self.num_images)[self._mine(step)])
+
+    def _mine(self, step: int) -> slice:
         start = step * self.batch_size
-        mine = slice(start + self.rank, min(start + self.batch_size, self.num_images), self.world_size)
-        return Plan(*(values[mine].copy() for values in self._epoch(epoch)))
+        return slice(start + self.rank, min(start + self.batch_size, self.num_images), self.world_size)
 
     def _draw(self, epoch: int) -> Plan:
         generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)))
