@@ -5,6 +5,7 @@ are pickles, and unpickling runs code: only bytes whose md5 is the published one
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -168,7 +169,8 @@ def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arra
     found = cache.read(path, key)
     if found is not None:
         arrays, facts = found
-        return Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+        with contextlib.suppress(KeyError, TypeError):
+            return Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
     made = make()
     cache.write(path, key, {"images": made.images, "labels": made.labels},
                 {"class_names": made.class_names, "mean": made.mean, "std": made.std})

@@ -234,3 +234,13 @@ def test_the_loss_example_of_the_readme_trains_student_and_regressors():
     assert {id(p) for p in names["vid"].parameters()} <= set(map(id, names["optimizer"].param_groups[0]["params"]))
     untrained = fastvid.VIDLoss([16, 32, 64], [32, 64, 128]).variances()
     assert not any(torch.equal(now, start) for now, start in zip(names["vid"].variances(), untrained, strict=True))
+
+
+def test_the_batch_example_of_the_readme_shows_every_image_of_the_subset_twice(cifar10_root, monkeypatch):
+    monkeypatch.chdir(cifar10_root)
+    monkeypatch.setattr(fastvid.datasets, "load", lambda name, root, split, load=fastvid.datasets.load: load(name, ".", split))
+    code, names = block("batches", "python"), {"seen": []}
+    exec(code.replace("...", "seen.extend(labels.tolist())"), names)
+    assert sum(line != "" for line in code.splitlines()) <= 10
+    assert sorted(names["seen"]) == sorted(2 * names["subset"].labels.tolist())
+    assert names["images"].shape[1:] == (3, 32, 32) and names["images"].is_contiguous(memory_format=torch.channels_last)

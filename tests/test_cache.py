@@ -1,0 +1,125 @@
+"""Splits kept beside their data: used when they are whole and current, made again when not, never silently different."""
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvid import cache, datasets, decode
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder of two classes, four images each."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("ant", "wasp"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{index}.png")
+    return tmp_path
+
+
+def load(folder, split="train"):
+    return datasets.load("folder", folder, split)
+
+
+def files(folder):
+    return sorted(path.name for path in (folder / datasets.CACHE).iterdir())
+
+
+def same(one, other):
+    return (np.array_equal(one.images, other.images) and np.array_equal(one.labels, other.labels)
+            and (one.class_names, one.mean, one.std) == (other.class_names, other.mean, other.std)
+            and (one.images.dtype, one.labels.dtype) == (other.images.dtype, other.labels.dtype))
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """From now on, whoever decodes an image fails."""
+    def forbid():
+        monkeypatch.setattr(decode, "images", lambda paths: pytest.fail("decoded although there is a cache"))
+    return forbid
+
+
+def test_a_second_start_reads_the_cache_and_gets_the_same(folder, no_decoding):
+    first = [load(folder, split) for split in ("train", "test")]
+    assert files(folder) == ["folder-test.safetensors", "folder-train.safetensors"]
+    no_decoding()
+    assert all(same(load(folder, split), made) for split, made in zip(("train", "test"), first))
+
+
+def test_official_cifar_files_are_unpickled_once(cifar10_root, cifar10_train, cifar10_test, monkeypatch):
+    monkeypatch.setattr(datasets, "_unpickle", lambda *_: pytest.fail("unpickled although there is a cache"))
+    for split, made in (("train", cifar10_train), ("test", cifar10_test)):
+        assert same(datasets.load("cifar10", cifar10_root, split), made)
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param(lambda path: Image.new("RGB", (32, 32), (9, 9, 9)).save(path), id="rewritten"),
+    pytest.param(lambda path: path.rename(path.with_name("z.png")), id="renamed"),
+    pytest.param(lambda path: path.unlink(), id="removed"),
+    pytest.param(lambda path: Image.new("RGB", (32, 32)).save(path.with_name("9.png")), id="added"),
+    pytest.param(lambda path: path.rename(path.parents[1] / "wasp" / "9.png"), id="moved-to-another-class"),
+])
+def test_a_changed_folder_is_decoded_again(folder, change):
+    before = load(folder)
+    change(folder / "train/ant/0.png")
+    after = load(folder)
+    assert not np.array_equal(after.images, before.images) and same(load(folder), after)
+
+
+def test_another_decoder_does_not_use_the_cache_of_the_first(folder, monkeypatch):
+    if not decode.dali_is_installed():
+        pytest.skip("DALI is not installed")
+    load(folder)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    decoded, images = [], decode.images
+    monkeypatch.setattr(decode, "images", lambda paths: decoded.extend(paths) or images(paths))
+    load(folder)
+    assert len(decoded) == 8
+
+
+def test_a_damaged_cache_is_reported_and_made_again_never_silently_different(folder, capsys):
+    made, path = load(folder), folder / datasets.CACHE / "folder-train.safetensors"
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for number in range(300):
+        content = bytearray(whole)
+        spot = int(random.integers(len(whole) if number % 2 else 700))  # the header is small: half of the damage is there
+        if number % 3 == 0:
+            content[spot] ^= 1 << random.integers(8)
+        elif number % 3 == 1:
+            del content[spot:]
+        else:
+            content[spot:spot + 64] = bytes(min(64, len(whole) - spot))
+        path.write_bytes(content)
+        capsys.readouterr()
+        assert same(load(folder), made)
+        assert content == whole or path.read_bytes() == whole, "the damaged file was left there"
+        if content != whole:
+            said = capsys.readouterr().err
+            assert said == "" or f"{path}: this cache is damaged; it is made again" in said and said.count("\n") == 1
+
+
+def test_whole_files_of_another_key_or_without_what_a_split_has_are_not_used(folder):
+    made, path = load(folder), folder / datasets.CACHE / "folder-train.safetensors"
+    with cache.safe_open(path, framework="np") as file:
+        key = json.loads(file.metadata()[cache.METADATA_KEY])["key"]
+    images, both = {"images": made.images + 1}, {"images": made.images + 1, "labels": made.labels}
+    facts = {"class_names": made.class_names, "mean": made.mean, "std": made.std}
+    for written in [("another key", both, facts), (key, images, facts), (key, both, {}), (key, both, facts | {"mean": None})]:
+        cache.write(path, *written)
+        assert same(load(folder), made)
+
+
+def test_a_folder_that_cannot_be_written_is_read_anew_with_a_note(folder, capsys):
+    (folder / datasets.CACHE).write_text("a file is in the way")
+    first = load(folder)
+    assert "no cache of this data set, it is read anew at each start" in capsys.readouterr().err
+    assert same(load(folder), first)
+
+
+def test_digits_need_no_cache(tmp_path):
+    datasets.load("digits", tmp_path, "train")
+    assert not (tmp_path / datasets.CACHE).exists()
