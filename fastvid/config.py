@@ -135,7 +135,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     loader: Literal["auto", "dali", "torch"] = "auto"
-    """what executes the batch plan"""
+    """what executes the batch plan, to the same batches; auto: dali where it is installed"""
     checkpoint_minutes: float = 5.0
     """save the resume state this often"""
     out: str = "runs"

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastvid.errors import InputError
+from fastvid.progress import say
 
 SIZE = 32  # pixels per side, of every data set
 _BATCH = 64  # images that DALI decodes at a time
@@ -37,6 +38,8 @@ def decoder() -> str:
 
 def images(paths: Sequence[Path]) -> np.ndarray:
     """All of them, in this order. Raises InputError that names the first one that is damaged."""
+    if len(paths) >= 1000:  # a minute's work: a log file shall say what is going on
+        say(f"decoding {len(paths):,} images by {decoder()}")
     decoded = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
     with tqdm(total=len(paths), desc="decoding", unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
         for index, image in enumerate(_by_dali(paths) if decoder() == "dali" else map(_by_pillow, paths)):

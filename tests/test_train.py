@@ -125,6 +125,20 @@ def test_students_start_from_the_same_weights_whatever_their_method(tiny):
     assert all(torch.equal(student[name], vid[name]) for name in trained)
 
 
+def test_neither_the_method_nor_the_loader_changes_a_batch(tiny, monkeypatch):
+    seen, real = {}, GroupStep.__call__
+
+    def step(self, images, labels, rate):
+        seen[name].append(hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest())
+        real(self, images, labels, rate)
+
+    monkeypatch.setattr(GroupStep, "__call__", step)
+    for name in ("student", "vid", "kd+at", "torch"):
+        seen[name] = []
+        train(tiny(name, "student", loader="torch") if name == "torch" else tiny(name, name))
+    assert len(seen["student"]) == 2 * STEPS and all(batches == seen["student"] for batches in seen.values())
+
+
 # --- interrupted
 
 @pytest.mark.parametrize("after", [
