@@ -41,8 +41,8 @@ def write(path: Path, key: str, arrays: dict[str, np.ndarray], facts: dict) -> N
     try:
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, safetensors_bytes(arrays, {METADATA_KEY: header}))
-    except (InputError, OSError) as error:
-        say(f"no cache of this data set, it is read anew at each start: {error}")
+    except (InputError, OSError):
+        say(f"{path} cannot be written: this data set is read anew at each start")
 
 
 def _checksum(arrays: dict[str, np.ndarray], facts: dict) -> str:

@@ -40,6 +40,12 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def is_whole(self) -> bool:
+        """Whether shapes, types and labels are as they should be."""
+        return (self.images.dtype == np.uint8 and self.images.shape == (len(self), SIZE, SIZE, 3) and self.labels.dtype == np.int64
+                and self.labels.ndim == 1 and len(self.mean) == len(self.std) == 3
+                and (not len(self) or 0 <= self.labels.min() <= self.labels.max() < len(self.class_names)))
+
     def sha256(self) -> str:
         """Of images, labels and class names, in hex: two data sets that share it are the same."""
         digest = hashlib.sha256("\n".join(self.class_names).encode())
@@ -170,7 +176,9 @@ def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arra
     if found is not None:
         arrays, facts = found
         with contextlib.suppress(KeyError, TypeError):
-            return Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+            kept = Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+            if kept.is_whole():
+                return kept
     made = make()
     cache.write(path, key, {"images": made.images, "labels": made.labels},
                 {"class_names": made.class_names, "mean": made.mean, "std": made.std})
@@ -238,9 +246,9 @@ def _load_folder(root: Path, split: str) -> Arrays:
 
 
 def _folder_key(files: list[tuple[Path, int]]) -> str:
-    """Changes when a file is added, removed, renamed or written, or when another decoder reads them."""
-    states = ((str(path.relative_to(path.parents[2])), label, path.stat()) for path, label in files)
-    text = "\n".join(f"{name} {label} {state.st_size} {state.st_mtime_ns}" for name, label, state in states)
+    """Changes when a file is added, removed, renamed or written, also with its old date, or when another decoder reads them."""
+    states = ((path.relative_to(path.parents[2]), label, path.stat()) for path, label in files)
+    text = "\n".join(f"{name} {label} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}" for name, label, state in states)
     return f"{decode.decoder()} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -262,6 +270,11 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]
         found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file())
         if not found:
             raise InputError(f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder")
+        for path in found:
+            try:
+                path.name.encode()
+            except UnicodeEncodeError as error:  # DALI takes no other names
+                raise InputError(f"{folder / name}: the file name {ascii(path.name)} is not UTF-8: rename it") from error
         files += [(path, label) for path in found]
     return files, class_names
 

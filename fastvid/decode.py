@@ -1,7 +1,7 @@
 """Files of images -> uint8 [n, 32, 32, 3], RGB: decoded by DALI where it is installed, else by Pillow.
 
-Of an image of another size the largest square in its middle is scaled (bicubic, antialiased). PNG and JPEG files of 32x32 pixels give
-equal arrays either way; scaled ones differ by a few of the 255 levels.
+Of an image of another size the largest square in its middle is scaled (bicubic, antialiased). JPEG files and 8-bit PNG files of 32x32
+pixels give equal arrays either way; 16-bit colours differ by one of the 255 levels, scaled photographs by a few.
 """
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _is_png(content: bytes) -> bool:
 
 
 def _is_jpeg(content: bytes) -> bool:
-    """SOI, then segments among which a frame with a size, up to SOS (ITU-T T.81, annex B)."""
+    """SOI, then segments up to SOS, among them a frame of 8-bit samples with a size and its components (ITU-T T.81, annex B)."""
     if content[:2] != b"\xff\xd8":
         return False
     position, sized = 2, False
@@ -98,12 +98,14 @@ def _is_jpeg(content: bytes) -> bool:
         while content[position] == 0xFF:  # fill bytes
             position += 1
         marker = content[position]
-        if marker == 0xDA:
-            return sized
         length, = struct.unpack_from(">H", content, position + 1)
+        if marker == 0xDA:
+            return sized and length == 6 + 2 * content[position + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, position + 4)
-            sized = height > 0 and width > 0
+            precision, height, width, components = struct.unpack_from(">BHHB", content, position + 3)
+            sized = precision == 8 and height > 0 and width > 0 and components in (1, 3, 4) and length == 8 + 3 * components
+            if not sized:
+                return False
         position += 1 + length
 
 
@@ -139,11 +141,12 @@ def _by_pillow(path: Path) -> np.ndarray:
     except ImportError as error:
         raise InputError("--dataset folder needs Pillow: pip install pillow, or on Linux DALI: pip install nvidia-dali-cuda130") from error
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of transparency that RGB drops
-            if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
-                image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
-            image = image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transparency that RGB drops, of EXIF that nobody reads
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
+                    image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+                image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow reports damage as any of these
         raise _unreadable(path) from error
     if image.size != (SIZE, SIZE):
@@ -152,7 +155,7 @@ def _by_pillow(path: Path) -> np.ndarray:
 
 
 def _unreadable(path: Path) -> InputError:
-    return InputError(f"{path}: not a readable image: replace or remove it")
+    return InputError(f"{path}: not a readable PNG or JPEG image: replace or remove it")
 
 
 @contextmanager

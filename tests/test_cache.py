@@ -1,5 +1,6 @@
 """Splits kept beside their data: used when they are whole and current, made again when not, never silently different."""
 import json
+import os
 import sys
 
 import numpy as np
@@ -56,8 +57,18 @@ def test_official_cifar_files_are_unpickled_once(cifar10_root, cifar10_train, ci
         assert same(datasets.load("cifar10", cifar10_root, split), made)
 
 
+def rewrite_with_the_old_date(path):
+    """As archives are unpacked, and with a file of the same size."""
+    before = path.stat()
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
 @pytest.mark.parametrize("change", [
     pytest.param(lambda path: Image.new("RGB", (32, 32), (9, 9, 9)).save(path), id="rewritten"),
+    pytest.param(lambda path: rewrite_with_the_old_date(path), id="rewritten-with-the-old-date"),
     pytest.param(lambda path: path.rename(path.with_name("z.png")), id="renamed"),
     pytest.param(lambda path: path.unlink(), id="removed"),
     pytest.param(lambda path: Image.new("RGB", (32, 32)).save(path.with_name("9.png")), id="added"),
@@ -108,7 +119,8 @@ def test_whole_files_of_another_key_or_without_what_a_split_has_are_not_used(fol
         key = json.loads(file.metadata()[cache.METADATA_KEY])["key"]
     images, both = {"images": made.images + 1}, {"images": made.images + 1, "labels": made.labels}
     facts = {"class_names": made.class_names, "mean": made.mean, "std": made.std}
-    for written in [("another key", both, facts), (key, images, facts), (key, both, {}), (key, both, facts | {"mean": None})]:
+    for written in [("another key", both, facts), (key, images, facts), (key, both, {}), (key, both, facts | {"mean": None}),
+                    (key, both | {"labels": made.labels[:2]}, facts), (key, both | {"labels": made.labels + 9}, facts)]:
         cache.write(path, *written)
         assert same(load(folder), made)
 
@@ -116,7 +128,7 @@ def test_whole_files_of_another_key_or_without_what_a_split_has_are_not_used(fol
 def test_a_folder_that_cannot_be_written_is_read_anew_with_a_note(folder, capsys):
     (folder / datasets.CACHE).write_text("a file is in the way")
     first = load(folder)
-    assert "no cache of this data set, it is read anew at each start" in capsys.readouterr().err
+    assert "folder-train.safetensors cannot be written: this data set is read anew at each start" in capsys.readouterr().err
     assert same(load(folder), first)
 
 

@@ -159,7 +159,7 @@ def test_a_damaged_cifar_file_is_named(refused, cifar10_root, tmp_path, damage, 
     pytest.param(["train/cat", "test/cat"], None, "train holds 1 class folders, wanted two or more", id="one-class"),
     pytest.param(["train/cat", "train/dog", "test/cat", "test/cow"], None, "train and test hold different classes (cow, dog)",
                  id="other-classes"),
-    pytest.param(["train/cat", "train/dog", "test/cat", "test/dog"], "train/dog/0.png", "0.png: not a readable image", id="damaged-image"),
+    pytest.param(["train/cat", "train/dog", "test/cat", "test/dog"], "train/dog/0.png", "0.png: not a readable PNG", id="damaged-image"),
 ])
 def test_a_wrong_folder_layout_is_told_with_the_right_one(refused, tmp_path, present, broken, phrase):
     root = tmp_path / "data"

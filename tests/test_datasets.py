@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import os
 import pickle
 import subprocess
 import sys
@@ -185,6 +186,14 @@ def test_a_class_in_one_split_only_is_named(folder):
     save(folder / "test/bee/0.png", RED)
     with pytest.raises(InputError, match=r"train and test hold different classes \(bee\)"):
         datasets.load("folder", folder, "test")
+
+
+def test_a_file_name_that_is_not_utf8_is_named(folder):
+    name = os.path.join(os.fsencode(folder / "train/ant"), b"\xff\xfe.png")
+    with open(name, "wb") as file:
+        file.write((folder / "train/ant/a.png").read_bytes())
+    with pytest.raises(InputError, match=r"train/ant: the file name '\\udcff\\udcfe.png' is not UTF-8: rename it"):
+        datasets.load("folder", folder, "train")
 
 
 def test_a_class_without_images_is_named(folder):

@@ -134,18 +134,29 @@ def encoded(format):
     return memory.getvalue()
 
 
+def with_components(count):
+    """A JPEG file whose frame header (SOF0) tells a wrong number of components."""
+    content = bytearray(encoded("JPEG"))
+    content[content.index(b"\xff\xc0") + 9] = count
+    return bytes(content)
+
+
 @pytest.mark.parametrize("content", [
     pytest.param(encoded("PNG")[:1000], id="cut-png"),
     pytest.param(encoded("JPEG")[:1000], id="cut-jpg"),
     pytest.param(encoded("PNG")[:60] + bytes(60) + encoded("PNG")[120:], id="zeroed-block"),
     pytest.param(b"<html>", id="another-file"),
+    pytest.param(with_components(200), id="jpeg-of-200-components"),
+    pytest.param(with_components(2), id="jpeg-of-2-components"),
+    pytest.param(encoded("GIF"), id="gif"),
+    pytest.param(encoded("BMP"), id="bmp"),
     pytest.param(b"", id="empty"),
 ])
-@pytest.mark.parametrize("position", [0, 70])
+@pytest.mark.parametrize("position", [0, 70])  # alone, and among many
 def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(content, position, tmp_path, decoder, capfd):
     paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(position + 2)]
     paths[position].write_bytes(content)
-    with pytest.raises(InputError, match=rf"/{position}.png: not a readable image: replace or remove it"):
+    with pytest.raises(InputError, match=rf"/{position}.png: not a readable PNG or JPEG image: replace or remove it"):
         decode.images(paths)
     assert capfd.readouterr() == ("", "")
 
@@ -158,7 +169,7 @@ def test_decoding_shows_its_progress_on_a_terminal(tmp_path, decoder, monkeypatc
 
 def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path, decoder):
     random, read, named = np.random.default_rng(0), 0, 0
-    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(20)]
+    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(64)]  # a whole batch of DALI
     for _ in range(150):
         content = bytearray(encoded(random.choice(["PNG", "JPEG"])))
         spot = random.integers(len(content) if random.random() < 0.5 else 700)
@@ -167,9 +178,9 @@ def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path, decoder):
                           "zero": bytes(min(64, len(content) - spot)) + content[spot + 64:]}[damage]
         paths[7].write_bytes(content)
         try:
-            assert decode.images(paths).shape == (20, 32, 32, 3)
+            assert decode.images(paths).shape == (64, 32, 32, 3)
             read += 1
         except InputError as error:
-            assert f"{paths[7]}: not a readable image" in str(error)
+            assert f"{paths[7]}: not a readable PNG or JPEG image" in str(error)
             named += 1
     assert read > 10 and named > 50  # a JPEG file has no checksums: pixels may change
