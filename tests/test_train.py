@@ -19,7 +19,7 @@ from fastvid import checkpoint, cli, datasets, results
 from fastvid.config import CIRCUMSTANCES, FitNetOptions, TrainConfig, VIDOptions
 from fastvid.engine import GroupStep, Learner, evaluate
 from fastvid.errors import InputError, Interrupted
-from fastvid.loader import EvalLoader
+from fastvid.loader import EvalLoader, describe
 from fastvid.methods import build
 from fastvid.train import is_evaluated, learning_rate, train
 from fastvid.wresnet import WideResNet
@@ -437,6 +437,13 @@ def test_a_result_holds_the_whole_configuration_and_where_it_was_made(tiny):
     assert (result.config["protocol"], result.config["epochs"], result.config["batch_size"]) == ("quick", 2, 16)
     assert result.environment["torch"] == torch.__version__ and {"device", "commit", "threads", "python"} <= result.environment.keys()
     assert result.seconds > 0 and result.images_per_second == pytest.approx(40 * 2 / result.seconds)
+
+
+def test_which_loader_ran_is_said_and_recorded(tiny, capsys):
+    for name in ("auto", "torch"):
+        (result,) = train(tiny(name, "student", loader=name))
+        assert f"batches by {describe(name)}\n" in capsys.readouterr().err
+        assert result.environment["loader"] == describe(name)
 
 
 def test_a_trained_network_can_teach_and_its_accuracy_is_recorded(tiny):
