@@ -31,6 +31,17 @@ def dali_is_installed() -> bool:
     return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
+def dali():
+    """What we use of nvidia.dali: (fn, pipeline_def, types). Raises InputError where it is installed but does not start."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except (ImportError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"DALI is installed but cannot be imported ({reason}): install the one for this machine, or uninstall it and "
+                         "take --loader torch") from error
+    return fn, pipeline_def, types
+
+
 def decoder() -> str:
     """What decodes on this machine: dali or pillow."""
     return "dali" if dali_is_installed() else "pillow"
@@ -119,7 +130,7 @@ def _check(path: Path) -> None:
 
 def _pipeline(paths: Sequence[Path], batch_size: int):
     """DALI from files to uint8 [batch_size, 32, 32, 3], without a batch ahead: an error belongs to the batch that was asked for."""
-    from nvidia.dali import fn, pipeline_def, types
+    fn, pipeline_def, types = dali()
 
     @pipeline_def(batch_size=batch_size, num_threads=len(os.sched_getaffinity(0)), device_id=None,
                   prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastvid.datasets import SIZE, Arrays, reflect_pad
-from fastvid.decode import dali_is_installed
+from fastvid.decode import dali, dali_is_installed
 from fastvid.errors import InputError
 from fastvid.plan import MARGIN, BatchPlan, Plan
 
@@ -211,12 +211,12 @@ class _DaliSource:
 
 def _build_pipeline(source: _DaliSource, arrays: Arrays, batch_size: int):
     """uint8 [B, 32, 32, 3] -> mirrored and normalised, fp32 [B, 32, 32, 3]."""
-    from nvidia.dali import fn, pipeline_def, types
-
+    fn, pipeline_def, types = dali()
     on_gpu = source.stream is not None
     mean, std = _constants(arrays)
 
     @pipeline_def(batch_size=batch_size, num_threads=min(2, torch.get_num_threads()), prefetch_queue_depth=PREFETCH,
+                  exec_dynamic=True,  # the executor that counts references: what is held is not overwritten
                   device_id=torch.empty(0, device=source.device).get_device() if on_gpu else None)
     def pipeline():
         # On a GPU DALI orders its reading after our writing only where it copies: 393 KB a batch, on our stream.
@@ -226,7 +226,13 @@ def _build_pipeline(source: _DaliSource, arrays: Arrays, batch_size: int):
         return fn.crop_mirror_normalize(
             images, mirror=flips, mean=mean.tolist(), std=std.tolist(), output_layout="HWC", dtype=types.FLOAT)
 
-    return pipeline()
+    built = pipeline()
+    try:
+        built.build()
+    except RuntimeError as error:  # a DALI of another CUDA, or a driver that is too old for it
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"DALI cannot run on {source.device} ({reason}): take --loader torch, which gives the same batches") from error
+    return built
 
 
 class EvalLoader:

@@ -48,7 +48,8 @@ class BatchPlan:
         """The batch of this rank at `step` (0 .. steps_per_epoch - 1) of `epoch`. Raises IndexError outside."""
         if not 0 <= step < self.steps_per_epoch or epoch < 0:
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
-        return Plan(*(values[self._mine(step)].copy() for values in self._epoch(epoch)))
+        mine = self._mine(step)
+        return Plan(*(values[mine].copy() for values in self._epoch(epoch)))
 
     def size(self, step: int) -> int:
         """Images of this rank's batch at `step`: in a short last one, possibly none."""

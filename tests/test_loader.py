@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import threading
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fastvid import decode
 from fastvid import loader as loader_module
 from fastvid.datasets import Arrays
 from fastvid.decode import dali_is_installed
@@ -324,6 +326,26 @@ def test_auto_takes_dali_where_it_is_installed_and_says_which_runs(monkeypatch):
     assert choose_backend("auto") == "torch" and describe("auto") == "torch (DALI is not installed)"
     with pytest.raises(InputError, match="--loader dali needs DALI: pip install nvidia-dali-cuda130 .* or take --loader torch"):
         choose_backend("dali")
+
+
+@needs_dali
+def test_a_dali_that_cannot_be_imported_or_started_ends_in_one_line_with_the_remedy(noise, monkeypatch):
+    plan = BatchPlan(30, 8, seed=0)
+    with monkeypatch.context() as patch:
+        fn, _, types = decode.dali()
+
+        def refused(**_):
+            return lambda define: lambda: SimpleNamespace(build=failing)
+
+        def failing():
+            raise RuntimeError("CUDA driver version is insufficient\nStacktrace")
+
+        patch.setattr(loader_module, "dali", lambda: (fn, refused, types))
+        with pytest.raises(InputError, match=r"DALI cannot run on cpu \(CUDA driver version is insufficient\): take --loader torch"):
+            train_loader(noise, plan, backend="dali")
+    monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))  # installed, and empty
+    with pytest.raises(InputError, match=r"DALI is installed but cannot be imported \(cannot import name .*take --loader torch"):
+        train_loader(noise, plan, backend="auto")
 
 
 # --- borders

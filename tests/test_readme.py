@@ -1,4 +1,5 @@
 """The numbers in README.md are those of bench/results, rendered, never typed."""
+import json
 import shutil
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def test_committed_results_name_no_local_path_and_were_made_by_a_commit(folder):
         paths = [run.config["out"], run.config["data"], run.config["teacher"] or ""]
         assert not any(Path(path).is_absolute() for path in paths), run.key()
         assert run.environment["commit"] and not run.environment["commit"].endswith("-dirty"), run.key()
+
+
+def test_how_fast_the_loaders_are_is_what_the_committed_rows_say():
+    rows = [json.loads(line) for line in (ROOT / "bench/results/loader-cpu.jsonl").read_text().splitlines()]
+    ratio = {row["impl"]: round(row["of_torchvision"]) for row in rows if row["op"] == "loader"}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"DALI gave {ratio['dali']} times and PyTorch {ratio['torch']} times the images/s of a torchvision DataLoader" in text
+    assert not any(row["quick"] for row in rows) and {row["threads"] for row in rows} == {2}
