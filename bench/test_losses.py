@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fastvid import kernels
 from fastvid.config import TrainConfig
-from fastvid.engine import GroupStep, Learner
+from fastvid.engine import GroupStep
+from fastvid.learner import Learner
 from fastvid.methods import build
 from fastvid.wresnet import TAPS, WideResNet, channels
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fastvid
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
-from fastvid.errors import InputError, Interrupted
+from fastvid.errors import InputError, Interrupted, RankLost, is_out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions")
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _refuse("out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks")
+    except RankLost as error:
+        print(f"fastvid: {error}", file=sys.stderr)
+        return 1
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
@@ -47,12 +50,6 @@ def main(argv: list[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print(f"fastvid: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of the machine, of a GPU (torch.OutOfMemoryError), or of torch's allocator on the CPU, which has no class of its own."""
-    text = str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
 
 
 def _train(args: argparse.Namespace) -> None:

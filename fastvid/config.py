@@ -136,6 +136,10 @@ class TrainConfig:
     """auto, cpu, cuda or cuda:N"""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """what executes the batch plan, to the same batches; auto: dali where it is installed"""
+    engine: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """how a step executes, to the same training up to rounding; auto: graph on a GPU, eager on a CPU and under torchrun"""
+    profile: bool = False
+    """before training, profile a few steps: OUT/profile.txt names the largest cost, OUT/profile.json is the trace"""
     checkpoint_minutes: float = 5.0
     """save the resume state this often"""
     out: str = "runs"
@@ -212,7 +216,7 @@ class Grid:
 OPTION_GROUPS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING)
 """The transfer terms, by name: each has its options in TrainConfig and its class in fastvid.methods.METHODS."""
 
-CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "checkpoint_minutes", "out")
+CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "engine", "profile", "checkpoint_minutes", "out")
 """Settings that say where and how a run is made, not what it is: they may differ between the runs of one table."""
 
 

@@ -9,7 +9,7 @@ import torch
 
 import fastvid
 from fastvid import datasets, loader
-from fastvid.engine import choose_device
+from fastvid.device import choose_device
 from fastvid.errors import InputError
 from fastvid.kernels import checks
 

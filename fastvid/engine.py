@@ -1,129 +1,220 @@
-"""How one step executes: the teacher once, then every student's forward, loss, backward and update. Eager, AMP."""
+"""How one step executes: the teacher once, then every student's forward, losses, backward and update.
+
+    eager     operator by operator
+    compile   torch.compile fuses each student's forward, losses and backward, and the teacher
+    graph     the compiled step, captured whole in one CUDA graph: students on parallel streams, one launch per step
+
+All three are the same few lines, GroupStep._run. Compiling, warming up and capturing leave no trace in the training: what they
+change is put back. Their seconds are counted apart.
+"""
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from fastvid.config import TrainConfig
+from fastvid.device import DTYPES, autocast, synchronize
+from fastvid.distributed import ALONE, Ranks
 from fastvid.errors import InputError
+from fastvid.learner import Learner
 from fastvid.loader import EvalLoader
-from fastvid.methods import Method
-from fastvid.wresnet import WideResNet
+from fastvid.wresnet import Activations, WideResNet, frozen
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP = 3  # steps before a capture: libraries choose algorithms, load kernels and take workspaces in the first ones
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of --device. Raises InputError for one that this machine lacks."""
+class Mode(NamedTuple):
+    """The two choices behind an engine's name."""
+
+    compiled: bool
+    captured: bool
+
+
+ENGINES = {"eager": Mode(False, False), "compile": Mode(True, False), "graph": Mode(True, True)}
+
+
+def choose_engine(name: str, device: torch.device, ranks: Ranks = ALONE) -> str:
+    """The engine of this --engine. auto: graph on a GPU of its own, else eager. Raises InputError where it cannot run.
+
+    On a CPU oneDNN's convolutions are nearly the whole step, and torch.compile leaves them as they are: eager is as fast, and starts at
+    once. Several ranks train eagerly: a captured step cannot wait for the others.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}: choose auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InputError(f"fastvid does not run on {name!r}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no GPU for --device {name}: torch {torch.__version__} sees {torch.cuda.device_count()}; "
-                         "take --device cpu, or see `fastvid doctor`")
-    return device
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
-
-
-class Learner:
-    """One network in training, with its method, its optimizer and the running sums of its losses."""
-
-    def __init__(self, name: str, network: WideResNet, method: Method, config: TrainConfig, device: torch.device):
-        self.name = name
-        self.network = network.to(device, memory_format=torch.channels_last)
-        self.method = method.to(device)
-        self.clip_norm = config.clip_norm
-        self.parameters = [*self.network.parameters(), *self.method.parameters()]
-        undecayed = self.method.undecayed_parameters()
-        exempt = {id(parameter) for parameter in undecayed}
-        groups = [{"params": [p for p in self.parameters if id(p) not in exempt], "weight_decay": config.weight_decay}]
-        if undecayed:
-            groups.append({"params": undecayed, "weight_decay": 0.0})
-        self.optimizer = torch.optim.SGD(
-            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
-        if config.momentum:  # zeros give the bits that no buffer gives; the fused step wants all or none, and hints alone reach some
-            for parameter in self.parameters:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
-
-    def update(self, task: Tensor, transfer: Tensor, images: int) -> None:
-        """Backward and one optimizer step; nothing here waits for the device."""
-        self.scaler.scale(task + transfer).backward()
-        if self.clip_norm:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss_sums += torch.stack((task, transfer)).detach() * images
-
-    def take_losses(self, images: int) -> tuple[float, float]:
-        """Mean (task, transfer) per image since the last call. Waits for the device. Raises InputError when not finite."""
-        task, transfer = (self.loss_sums / images).tolist()
-        self.loss_sums.zero_()
-        if not math.isfinite(task + transfer):
-            raise InputError(f"{self.name} diverged: task loss {task}, transfer loss {transfer}; lower its weight or --learning-rate, "
-                             "set --clip-norm, or leave it out")
-        return task, transfer
-
-    def state(self) -> dict:
-        return {"network": self.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
-
-    def load_state(self, state: dict) -> None:
-        for part in ("network", "method", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        self.loss_sums.copy_(state["loss_sums"])
+        return "graph" if device.type == "cuda" and ranks.world_size == 1 and find_spec("triton") else "eager"
+    if name == "graph" and device.type != "cuda":
+        raise InputError(f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto")
+    if name == "graph" and ranks.world_size > 1:
+        raise InputError("--engine graph is for one process, and torchrun has started several: take --engine auto")
+    if name != "eager" and device.type == "cuda" and not find_spec("triton"):
+        raise InputError(f"--engine {name} needs Triton on a GPU: pip install triton, or take --engine eager")
+    return name
 
 
 class GroupStep:
-    """One step of all students of a group, on the same batch and from the same teacher forward."""
+    """One step of all students of a group, on the same batch and from the same teacher forward.
 
-    def __init__(self, teacher: WideResNet | None, learners: list[Learner], device: torch.device, precision: str):
-        self.teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
-        self.learners, self.device, self.precision = learners, device, precision
+    engine: a key of ENGINES, or a Mode.  preparation_seconds: spent on compiling, warming up and capturing so far.
+    """
 
-    def begin_epoch(self, progress: float) -> None:
+    def __init__(self, teacher: WideResNet | None, learners: list[Learner], device: torch.device, precision: str,
+                 engine: str | Mode = "eager", ranks: Ranks = ALONE):
+        self.learners, self.device, self.precision, self.ranks = learners, device, precision, ranks
+        self.mode = ENGINES[engine] if isinstance(engine, str) else engine
+        self.preparation_seconds = 0.0
+        self._teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
+        self._learning_rate: float | None = None
+        self._prepared: dict[tuple, Callable[[Tensor, Tensor], None]] = {}
+        self._counts: dict[str, Callable[[], Tensor]] = {}
+        self._streams = [torch.cuda.Stream(device) for _ in learners] if self.mode.captured else [None] * len(learners)
+        if self.mode.captured:
+            self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of full and of short batches never run at once
+        if self.mode.compiled:
+            dynamo = torch._dynamo.config  # its limit counts the variants of all learners together, and what lies beyond runs uncompiled
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
+            self._teacher = self._teacher and torch.compile(self._teacher, fullgraph=True, dynamic=False)
+            for learner in learners:
+                learner.compile()
+        if ranks.world_size > 1:
+            for learner in learners:
+                learner.distribute(ranks)
+
+    def begin_epoch(self, progress: float, fresh: bool = True) -> None:
+        """Before each epoch, with the share of the training that is done. fresh: no step of it was made by an earlier start."""
         for learner in self.learners:
+            if fresh:
+                learner.loss_sums.zero_()
             learner.network.train()
             learner.method.train()
             learner.method.begin_epoch(progress)
 
-    def __call__(self, images: Tensor, labels: Tensor, learning_rate: float) -> None:
-        taught = None
-        if self.teacher is not None:
-            with torch.no_grad(), autocast(self.device, self.precision):
-                taught = self.teacher(images)
-        for learner in self.learners:
-            for group in learner.optimizer.param_groups:
-                group["lr"] = learning_rate
-            with autocast(self.device, self.precision):
-                task, transfer = learner.method(learner.network(images), taught, labels)
-            learner.update(task, transfer, len(labels))
+    def __call__(self, images: Tensor, labels: Tensor, learning_rate: float, weight: float = 1.0) -> None:
+        """images: [B, 3, 32, 32] channels-last.  labels: int64 [B].  weight: of this rank's batch among those of all ranks."""
+        if not len(labels):  # of a rank that a short last batch leaves out: it takes part with an image that weighs nothing
+            images = images.new_zeros(1, *images.shape[1:]).contiguous(memory_format=torch.channels_last)
+            labels = labels.new_zeros(1)
+        if learning_rate != self._learning_rate:
+            self._learning_rate = learning_rate
+            for learner in self.learners:
+                learner.set_learning_rate(learning_rate)
+        if self.mode == ENGINES["eager"]:
+            self._run(images, labels, weight)
+            return
+        key = (len(labels), weight, *(learner.method.phase() for learner in self.learners))
+        if key not in self._prepared:
+            self._prepared[key] = self._timed(lambda: self._prepare(images, labels, weight))
+        self._prepared[key](images, labels)
+
+    def _run(self, images: Tensor, labels: Tensor, weight: float) -> None:
+        taught = self._teach(images)
+        for learner, stream in zip(self.learners, self._streams):
+            with _beside(stream):
+                learner.step(images, taught, labels, weight)
+        for stream in filter(None, self._streams):
+            torch.cuda.current_stream().wait_stream(stream)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> Activations | None:
+        if self._teacher is None:
+            return None
+        with record_function("teacher: forward"):
+            return self._teacher(images.to(DTYPES[self.precision]))
+
+    def _prepare(self, images: Tensor, labels: Tensor, weight: float) -> Callable[[Tensor, Tensor], None]:
+        """What executes batches of this size from now on."""
+        def run(images: Tensor, labels: Tensor) -> None:
+            self._run(images, labels, weight)
+
+        with self.rehearsal():
+            if self.mode.captured:
+                return _Captured(run, images, labels, pool=self._pool, warm_up=WARM_UP)
+            run(images, labels)
+            return run
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Steps inside leave no trace in the training: what they change is put back."""
+        tensors = [tensor for learner in self.learners for tensor in learner.tensors()]
+        before, scalers = [tensor.detach().clone() for tensor in tensors], [learner.scaler.state_dict() for learner in self.learners]
+        yield
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, before)
+        for learner, scaler in zip(self.learners, scalers):
+            learner.scaler.load_state_dict(scaler)
+
+    def accuracy(self, learner: Learner, loader: EvalLoader) -> float:
+        """As evaluate, for a learner of this group and always the same loader: captured, it is one launch."""
+        if not self.mode.captured:
+            return evaluate(learner.network, loader, self.device, self.precision)
+        if learner.name not in self._counts:
+            self._counts[learner.name] = self._timed(lambda: self._capture_count(learner, loader))
+        return 100 * self._counts[learner.name]().item() / loader.num_images
+
+    def _capture_count(self, learner: Learner, loader: EvalLoader) -> Callable[[], Tensor]:
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        graph = _Captured(lambda: correct.copy_(_count(learner.network, loader, self.device, self.precision)), pool=self._pool, warm_up=1)
+
+        def count() -> Tensor:
+            graph()
+            return correct
+
+        return count
+
+    def _timed(self, prepare: Callable[[], Callable]) -> Callable:
+        synchronize(self.device)
+        started = time.perf_counter()
+        prepared = prepare()
+        synchronize(self.device)
+        self.preparation_seconds += time.perf_counter() - started
+        return prepared
+
+
+class _Captured:
+    """A function of tensors, recorded once as a CUDA graph and replayed on new contents of the same shapes."""
+
+    def __init__(self, function: Callable[..., object], *inputs: Tensor, pool: tuple[int, int], warm_up: int):
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._graph = torch.cuda.CUDAGraph()
+        with _beside(torch.cuda.Stream()):
+            for _ in range(warm_up):
+                function(*self._inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):  # DALI's threads work on meanwhile
+            function(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> None:
+        for mine, given in zip(self._inputs, inputs):
+            mine.copy_(given)
+        self._graph.replay()
+
+
+def _beside(stream: torch.cuda.Stream | None):
+    """A context whose work runs on `stream`, after what the current stream holds now; without one, where it is."""
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream())
+    return torch.cuda.stream(stream)
+
+
+def evaluate(network: WideResNet, loader: EvalLoader, device: torch.device, precision: str) -> float:
+    """Top-1 accuracy in percent, in eval mode."""
+    return 100 * _count(network, loader, device, precision).item() / loader.num_images
 
 
 @torch.no_grad()
-def evaluate(network: WideResNet, loader: EvalLoader, device: torch.device, precision: str) -> float:
-    """Top-1 accuracy in percent, in eval mode."""
+def _count(network: WideResNet, loader: EvalLoader, device: torch.device, precision: str) -> Tensor:
+    """How many images the network names correctly, int64 scalar."""
     was_training = network.training
     network.eval()
-    correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in loader:
         with autocast(device, precision):
             logits = network(images).logits
         correct += (logits.argmax(dim=1) == labels).sum()
-        total += len(labels)
     network.train(was_training)
-    return 100 * correct.item() / total
+    return correct

@@ -103,7 +103,7 @@ class _TorchExecutor:
 
     def batch(self, epoch: int, step: int) -> Batch:
         plan = self._plan.batch(epoch, step)
-        indices, top, left, flip = torch.from_numpy(np.stack(plan)).to(self._device)  # one transfer; bool becomes 0 and 1
+        indices, top, left, flip = _to_device(np.stack(plan), self._device)  # one transfer; bool becomes 0 and 1
         size = self._padded_size
         columns = left[:, None] + torch.where(flip[:, None] == 1, SIZE - 1 - self._column, self._column)  # [B, 32]
         rows = (indices[:, None] * size + top[:, None] + self._column) * size  # [B, 32], first pixel of each row
@@ -205,7 +205,7 @@ class _DaliSource:
             images = self._windows[plan.indices, plan.top, plan.left]
             return images.reshape(-1, SIZE, SIZE, 3), torch.from_numpy(self._labels[plan.indices])
         with torch.cuda.stream(self.stream):
-            indices, top, left = torch.from_numpy(np.stack(plan[:3])).pin_memory().to(self.device, non_blocking=True)
+            indices, top, left = _to_device(np.stack(plan[:3]), self.device)
             return self._windows[indices, top, left].view(-1, SIZE, SIZE, 3), self._labels[indices]
 
 
@@ -243,7 +243,7 @@ class EvalLoader:
         self._pixels = _rgbx(arrays.images).view(-1, SIZE, SIZE).to(device)
         self._labels = torch.from_numpy(arrays.labels).to(device)
         self._normalise = _Normaliser(arrays, device, dtype or torch.float32)
-        self.batch_size = batch_size
+        self.batch_size, self.num_images = batch_size, len(arrays)
 
     def __iter__(self) -> Iterator[Batch]:
         for pixels, labels in zip(self._pixels.split(self.batch_size), self._labels.split(self.batch_size)):
@@ -262,6 +262,12 @@ class _Normaliser:
         rgb = pixels.view(torch.uint8).view(*pixels.shape, 4)[..., :3]
         images = (rgb.float() - self._mean).mul_(self._scale).to(self._dtype)
         return images.permute(0, 3, 1, 2)
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The host does not wait for a GPU."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _constants(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:

@@ -51,6 +51,10 @@ class BatchPlan:
         mine = self._mine(step)
         return Plan(*(values[mine].copy() for values in self._epoch(epoch)))
 
+    def global_size(self, step: int) -> int:
+        """Images of all ranks' batches at `step`."""
+        return min(self.batch_size, self.num_images - step * self.batch_size)
+
     def size(self, step: int) -> int:
         """Images of this rank's batch at `step`: in a short last one, possibly none."""
         return len(range(self.num_images)[self._mine(step)])

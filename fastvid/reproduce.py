@@ -1,23 +1,25 @@
 """The whole table: a teacher, then every method on every fraction with every seed.
 
-Finished runs are skipped, so it can be stopped and started again.
+Finished runs are skipped, so it can be stopped and started again. torchrun shares the grid out over its processes.
 """
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
-from fastvid import results
+from fastvid import distributed, results
 from fastvid.config import Grid, TrainConfig, method_parts
+from fastvid.distributed import Ranks
 from fastvid.errors import InputError
-from fastvid.train import load_data, load_split, train
+from fastvid.train import load_data, load_split, train_group
 
 
 def reproduce(grid: Grid, config: TrainConfig) -> None:
     """Train the grid into config.out; `config` holds what all its runs share.
 
     Where a method wants a teacher and config.teacher gives none, one is trained first, on the full training split with seed 0.
-    Raises as train does.
+    Under torchrun each process trains whole groups of its own, the first one the teacher. Raises as train does.
     """
     if config.teacher is not None and "teacher" in grid.methods:
         raise InputError("--teacher gives a teacher and --methods asks to train one: leave one of them out")
@@ -27,16 +29,43 @@ def reproduce(grid: Grid, config: TrainConfig) -> None:
     for per_class in subsets:  # what cannot be trained is said now, not after the hours of the teacher
         load_data(dataclasses.replace(config, per_class=per_class).resolved())
 
-    with results.exclusive(results.open_folder(Path(config.out))):  # for the whole grid
+    ranks = distributed.join()
+    config = dataclasses.replace(config, device=ranks.device(config.device))
+    with results.exclusive(results.open_folder(Path(config.out))) if ranks.first else nullcontext():  # for the whole grid
         if config.teacher is None and (any(map(method_parts, students)) or "teacher" in grid.methods):
-            (teacher,) = train(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0))
-            path = Path(config.out) / teacher.weights
-            if not path.exists():
-                raise InputError(f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out")
-            config = dataclasses.replace(config, teacher=str(path))
-        for seed in range(grid.seeds):  # seeds outermost: one whole table early, the spread later
-            for per_class in subsets if students else ():
-                train(dataclasses.replace(config, method=students, per_class=per_class, seed=seed))
+            path = ranks.from_first(train_teacher(config, ranks) if ranks.first else None)
+            config = dataclasses.replace(config, teacher=path)
+        groups = [dataclasses.replace(config, method=students, per_class=per_class, seed=seed)  # seeds outermost: one whole table
+                  for seed in range(grid.seeds) for per_class in (subsets if students else ())]  # early, the spread later
+        for group in ranks.from_first(shares(groups, ranks.world_size, class_size))[ranks.rank]:
+            train_group(group, ranks.alone())
+        ranks.barrier()
+
+
+def train_teacher(config: TrainConfig, ranks: Ranks) -> str:
+    """Path of the teacher of this grid, trained unless it is there. Raises InputError when its weights are gone."""
+    (teacher,) = train_group(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0), ranks.alone())
+    path = Path(config.out) / teacher.weights
+    if not path.exists():
+        raise InputError(f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out")
+    return str(path)
+
+
+def shares(groups: list[TrainConfig], count: int, class_size: int) -> list[list[TrainConfig]]:
+    """The groups dealt to `count` ranks, so that each has about the same number of images to train on: the longest first, always to the
+    rank that has least. What is finished counts nothing. Within a rank the order stays."""
+    found, _ = results.read(Path(groups[0].out)) if groups else ([], None)
+    finished = {(run.method, run.per_class, run.seed) for run in found}
+    cost = {}
+    for number, group in enumerate(groups):
+        missing = sum((method, group.per_class, group.seed) not in finished for method in group.method)
+        cost[number] = missing * group.resolved().epochs * (group.per_class or class_size)
+    loads, dealt = [0] * count, [[] for _ in range(count)]
+    for number in sorted(cost, key=lambda number: -cost[number]):
+        rank = loads.index(min(loads))
+        loads[rank] += cost[number]
+        dealt[rank].append(number)
+    return [[groups[number] for number in sorted(numbers)] for numbers in dealt]
 
 
 def images_per_class(fraction: str, class_size: int) -> int | None:

@@ -72,7 +72,13 @@ class RunResult:
     config: dict
     """the whole TrainConfig of this run"""
     environment: dict
-    """versions and device"""
+    """versions, device, loader, engine and number of ranks"""
+    preparation_seconds: float | None = None
+    """compiling, warming up and capturing, outside `seconds`; of the whole group"""
+    evaluation_seconds: float | None = None
+    """of this run, outside `seconds`"""
+    peak_memory: int | None = None
+    """bytes, so far: of tensors on a GPU, of the whole process on a CPU"""
 
     def key(self) -> tuple:
         """What no two lines of one results file share."""

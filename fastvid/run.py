@@ -9,6 +9,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+import time
 import zlib
 from functools import cache
 from pathlib import Path
@@ -20,12 +21,17 @@ import fastvid
 from fastvid import checkpoint, results
 from fastvid.config import CIRCUMSTANCES, OPTION_GROUPS, TrainConfig, method_parts
 from fastvid.datasets import Data
-from fastvid.engine import Learner, evaluate
+from fastvid.device import peak_memory
+from fastvid.distributed import ALONE, Ranks
+from fastvid.engine import GroupStep
 from fastvid.errors import InputError
+from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, describe
 from fastvid.methods import build
 from fastvid.results import Evaluation, RunResult
 from fastvid.wresnet import WideResNet
+
+_CLOCKS = ("seconds", "preparation_seconds", "evaluation_seconds")
 
 
 class Run:
@@ -34,15 +40,17 @@ class Run:
     position: steps done.  seconds: of training alone.  history: the learning curve so far.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device):
+    def __init__(self, config: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device,
+                 engine: str = "eager", ranks: Ranks = ALONE):
         (self.method,) = config.method
-        self.config, self.data, self.device = config, data, device
+        self.config, self.data, self.device, self.engine, self.ranks = config, data, device, engine, ranks
         self.teacher_sha256 = teacher_sha256 if config.needs_teacher else None
         self.name = f"{self.method}-{config.per_class or 'full'}-seed{config.seed}"
         self.folder = Path(config.out)
         self.resume_path = self.folder / f"{self.name}.resume"
         self.learner = self._new_learner(teacher)
-        self.position, self.seconds, self.history = 0, 0.0, []
+        self.position, self.history = 0, []
+        self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
         if self.resume_path.exists():
             self._load()
 
@@ -59,19 +67,24 @@ class Run:
             method = build(self.method, config, network, teacher)
         return Learner(self.method, network, method, config, self.device)
 
-    def evaluate(self, epoch: int, losses: tuple[float, float], loader: EvalLoader) -> None:
+    def evaluate(self, epoch: int, losses: tuple[float, float], step: GroupStep, loader: EvalLoader) -> None:
         """Add a point to the learning curve. `epoch`: epochs completed."""
-        accuracy = evaluate(self.learner.network, loader, self.device, self.config.precision)
+        started = time.perf_counter()
+        accuracy = step.accuracy(self.learner, loader)
+        self.evaluation_seconds += time.perf_counter() - started
         variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
         self.history.append(Evaluation(epoch, accuracy, *losses, variances))
 
     def save(self, position: int) -> None:
-        """Write the resume state after `position` steps."""
+        """Write the resume state after `position` steps; the first rank does it for all."""
         self.position = position
+        if not self.ranks.first:
+            return
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
             "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
-            "position": position, "seconds": self.seconds, "history": history, "learner": self.learner.state()})
+            "ranks": self.ranks.world_size, "position": position, "history": history, "learner": self.learner.state(),
+            **{name: getattr(self, name) for name in _CLOCKS}})
 
     def _load(self) -> None:
         state = checkpoint.load_state(self.resume_path)
@@ -83,8 +96,11 @@ class Run:
             for what in ("data", "teacher"):
                 if state[f"{what}_sha256"] != {"data": self.data.sha256, "teacher": self.teacher_sha256}[what]:
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
+            _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
             self.learner.load_state(state["learner"])
-            self.position, self.seconds = int(state["position"]), float(state["seconds"])
+            self.position = int(state["position"])
+            for name in _CLOCKS:
+                setattr(self, name, float(state[name]))
             self.history = [Evaluation(**point) for point in state["history"]]
             steps = self.config.epochs * -(-len(self.data.train) // self.config.batch_size)
             if not 0 <= self.position <= steps:
@@ -112,7 +128,9 @@ class Run:
             group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
             data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))),
-            environment={**environment(self.device), "loader": describe(config.loader)})
+            environment={
+                **environment(self.device), "loader": describe(config.loader), "engine": self.engine, "ranks": self.ranks.world_size},
+            preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds, peak_memory=peak_memory(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from fastvid import checkpoint, datasets, results
+from fastvid import checkpoint, datasets, distributed, progress, results
 from fastvid.config import TrainConfig
 from fastvid.datasets import Data
-from fastvid.engine import GroupStep, choose_device, evaluate
-from fastvid.errors import InputError, Interrupted
+from fastvid.device import choose_device, peak_memory, reset_peak_memory, tune
+from fastvid.distributed import ALONE, Ranks
+from fastvid.engine import GroupStep, choose_engine, evaluate
+from fastvid.errors import InputError, Interrupted, is_out_of_memory
 from fastvid.loader import EvalLoader, describe, train_loader
 from fastvid.plan import BatchPlan
+from fastvid.profiling import profile
 from fastvid.progress import Progress, say
 from fastvid.results import RunResult
 from fastvid.run import Run, find_finished
@@ -32,6 +37,7 @@ from fastvid.wresnet import WideResNet
 __all__ = ["TrainConfig", "train"]
 
 EVAL_BATCH = 500
+GRACE = 20  # seconds from a signal to the end of a rank that cannot answer it; torchrun kills after 30
 load_split = lru_cache(maxsize=2)(datasets.load)  # a grid trains many groups on the two splits of one data set
 
 
@@ -39,21 +45,26 @@ def train(config: TrainConfig) -> list[RunResult]:
     """Train every method of the config; each result is also a line of OUT/results.jsonl.
 
     Finished runs in OUT are not made again; interrupted ones go on where they stopped, with the same final bits on a CPU.
-    Raises InputError for what the user can mend, and Interrupted after SIGINT or SIGTERM, when everything is saved.
+    Under torchrun all processes train each student together: batch_size stays that of the whole step, of which every rank takes its
+    part, and the gradients are averaged, so the learning rate stays too. Batch norms see a rank's part only; those of rank 0 are kept.
+    Raises InputError for what the user can mend, Interrupted after SIGINT or SIGTERM, when everything is saved, and RankLost.
     """
-    request, config = config, config.resolved()
-    device = choose_device(config.device)
+    ranks = distributed.join()
+    if not ranks.first:
+        progress.mute()
+    with results.exclusive(results.open_folder(Path(config.out))) if ranks.first else nullcontext():
+        return train_group(config, ranks)
+
+
+def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
+    """As train, in an output folder that the caller holds, by these ranks."""
+    config, out = request.resolved(), Path(request.out)
+    device = choose_device(ranks.device(config.device))
+    engine = choose_engine(config.engine, device, ranks)
+    tune(device, ranks.local_world_size)
     data = load_data(config)
     teacher, teacher_sha256 = load_teacher(config, data.train)
 
-    with results.exclusive(results.open_folder(Path(config.out))):
-        return _train_missing(request, data, teacher, teacher_sha256, device)
-
-
-def _train_missing(request: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None,
-                   device: torch.device) -> list[RunResult]:
-    """The runs of `request` that its output folder lacks, and the finished ones beside them."""
-    config, out = request.resolved(), Path(request.out)
     found, notes = results.read(out)
     for note in notes:
         say(note)
@@ -63,61 +74,90 @@ def _train_missing(request: TrainConfig, data: Data, teacher: WideResNet | None,
             say(f"{summary(finished[name])}; finished before")
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
-    runs = [Run(one, data, teacher, teacher_sha256, device) for one in waiting]
+    runs = [Run(one, data, teacher, teacher_sha256, device, engine, ranks) for one in waiting]
+    ranks.barrier()  # the first one may write when all have read
     same_teacher = (r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == "test")
     known = next(same_teacher, None) if data.evaluated_on == "test" else None
     for position in sorted({run.position for run in runs}):  # one group, unless a method joins interrupted ones
         group = [run for run in runs if run.position == position]
-        train_group(group, config, data, teacher, device)
-        if teacher is not None and known is None:
-            known = evaluate(teacher, EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
-        for run in group:
-            finished[run.method] = run.finish(group, known)
-            say(summary(finished[run.method]))
+        train_side_by_side(group, config, data, teacher, device, engine, ranks)
+        if ranks.first:
+            if teacher is not None and known is None:
+                known = evaluate(teacher, EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
+            for run in group:
+                finished[run.method] = run.finish(group, known)
+                say(summary(finished[run.method]))
+        finished = ranks.from_first(finished)
     return [finished[name] for name in config.method]
 
 
-def train_group(group: list[Run], config: TrainConfig, data: Data, teacher: WideResNet | None, device: torch.device) -> None:
+def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teacher: WideResNet | None, device: torch.device,
+                       engine: str, ranks: Ranks) -> None:
     """The protocol: shuffled, augmented batches, steps at a falling learning rate, evaluations, until the last epoch."""
-    plan = BatchPlan(len(data.train), config.batch_size, seed=config.seed)
+    plan = BatchPlan(len(data.train), config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size)
     loader = train_loader(data.train, plan, backend=config.loader, device=device)
     test = EvalLoader(data.evaluation, EVAL_BATCH, device=device)
-    step = GroupStep(teacher, [run.learner for run in group], device, config.precision)
+    reset_peak_memory(device)
+    step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks)
 
     steps = config.epochs * plan.steps_per_epoch
     first_epoch, first_step = divmod(group[0].position, plan.steps_per_epoch)
     images_done = first_epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
-    say(f"{title}: batches by {describe(config.loader)}")
-    with stop_on_signal() as stop, closing(Progress(title, config.epochs * len(data.train), images_done)) as progress:
+    say(f"{title}: batches by {describe(config.loader)}, engine {engine}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
+    with stop_on_signal(ranks) as stop, closing(Progress(title, config.epochs * len(data.train), images_done)) as bar, \
+            naming_what_does_not_fit(group, config, device), distributed.noticing_loss(ranks):
+        if config.profile and first_epoch < config.epochs:
+            say(profile(step, loader, first_epoch, Path(config.out) if ranks.first else None))
         last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
-            started = time.perf_counter()
+            started, prepared = time.perf_counter(), step.preparation_seconds
             done = epoch * plan.steps_per_epoch + first_step
-            step.begin_epoch(epoch / config.epochs)
-            for images, labels in loader.epoch(epoch, first_step):
-                step(images, labels, learning_rate(config, done / steps))
-                done += 1
-                progress.advance(len(labels))
-                if stop.is_set():
-                    break
+            step.begin_epoch(epoch / config.epochs, fresh=first_step == 0)
             first_step = 0
+            for batch in loader.epoch(epoch, done % plan.steps_per_epoch):
+                images = plan.global_size(done % plan.steps_per_epoch)
+                step(*batch, learning_rate(config, done / steps), ranks.world_size * len(batch.labels) / images)
+                done += 1
+                bar.advance(images)
+                if done % ranks.steps_between_questions == 0 and ranks.any(stop.is_set()):
+                    break
             epoch_is_over = done == (epoch + 1) * plan.steps_per_epoch
-            losses = [run.learner.take_losses(len(data.train)) for run in group] if epoch_is_over else []  # host sync: once per epoch
+            evaluating = epoch_is_over and is_evaluated(epoch, config)
+            if evaluating or device.type == "cpu":  # a GPU is waited for in epochs with an evaluation only
+                losses = [run.learner.losses(len(data.train), ranks) for run in group]
+            preparing = step.preparation_seconds - prepared
             for run in group:
-                run.seconds += time.perf_counter() - started
-            if epoch_is_over and is_evaluated(epoch, config):
+                run.seconds += time.perf_counter() - started - preparing
+                run.preparation_seconds += preparing
+            if evaluating and ranks.first:
                 for run, means in zip(group, losses):
-                    run.evaluate(epoch + 1, means, test)
-                progress.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
-            if stop.is_set() or epoch + 1 == config.epochs or time.monotonic() - last_save > 60 * config.checkpoint_minutes:
+                    run.evaluate(epoch + 1, means, step, test)
+                bar.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
+            stopping = ranks.any(stop.is_set())
+            if stopping or epoch + 1 == config.epochs or ranks.any(time.monotonic() - last_save > 60 * config.checkpoint_minutes):
                 for run in group:
+                    run.learner.losses(len(data.train), ranks)  # what is not finite is not saved
                     run.save(done)
                 last_save = time.monotonic()
-            if stop.is_set():
+            if stopping:
                 raise Interrupted(f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: "
                                   "the same command goes on from there")
+
+
+@contextmanager
+def naming_what_does_not_fit(group: list[Run], config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Turn an exhausted memory into an InputError that names batch, precision and peak."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory: a batch of {config.batch_size} in {config.precision} for {', '.join(run.method for run in group)} does not "
+            f"fit on {device} (peak {(peak_memory(device) or 0) / 2**20:,.0f} MiB): set a smaller --batch-size or train fewer methods at "
+            f"once; what was saved in {config.out} is untouched") from error
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -169,20 +209,41 @@ def summary(result: RunResult) -> str:
     """One line about a finished run."""
     text = (f"{result.method} | {result.percent:.3g} % of {result.dataset}, seed {result.seed}: {result.accuracy:.2f} % on "
             f"{result.evaluated_on} after the last epoch (best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training")
+    if result.preparation_seconds is not None:
+        text += f" beside {result.preparation_seconds:,.0f} s of warm-up and {result.evaluation_seconds:,.0f} s of evaluation"
+    if result.peak_memory:
+        text += f", peak memory {result.peak_memory / 2**20:,.0f} MiB"
     variances = "; ".join(f"{tap} {low:.3g} to {high:.3g}" for tap, (low, _, high) in result.history[-1].variances.items())
     return f"{text}; variances {variances}" if variances else text
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the handlers do nothing else, so no save is torn. Outside the main thread: never set."""
+def stop_on_signal(ranks: Ranks = ALONE) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; the handlers do nothing else, so no save is torn. Outside the main thread: never set.
+
+    Among several ranks one that hangs on a lost peer never comes to look at the event. After GRACE seconds it ends all the same.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    end = threading.Timer(GRACE, _end_now)
+    end.daemon = True
+
+    def on_signal(*_) -> None:
+        if ranks.world_size > 1 and not stop.is_set():
+            end.start()
+        stop.set()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
+        end.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_now() -> None:
+    print("fastvid: the other ranks did not answer: start the same command again, it goes on from the last checkpoint", file=sys.stderr)
+    os._exit(1)

@@ -5,10 +5,13 @@ Zagoruyko and Komodakis 2016, CIFAR form, pre-activation, no dropout. State-dict
 """
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastvid.errors import InputError
 
@@ -65,6 +68,22 @@ class WideResNet(nn.Module):
         logits = self.fc(group3_activated.mean(dim=(2, 3)))
         return Activations(
             (stem, group1, group2, group3), (stem_activated, group1_activated, group2_activated, group3_activated), logits)
+
+
+def frozen(network: WideResNet, dtype: torch.dtype) -> WideResNet:
+    """A copy of `network` for inference, which returns the same Activations up to rounding: eval mode, no gradients, channels-last.
+
+    dtype: of its convolutions and linear layers, and so of the maps. Each batch norm that follows a convolution is folded into it;
+    the others stay in fp32, as their statistics need it.
+    """
+    copied = copy.deepcopy(network).eval().requires_grad_(False)
+    for group in (copied.block1, copied.block2, copied.block3):
+        for block in group.layer:
+            block.conv1, block.bn2 = fuse_conv_bn_eval(block.conv1, block.bn2), nn.Identity()
+    for module in copied.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    return copied.to(memory_format=torch.channels_last)
 
 
 class _Group(nn.Module):

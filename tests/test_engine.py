@@ -7,8 +7,10 @@ import torch
 
 from fastvid.config import TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
-from fastvid.engine import GroupStep, Learner, choose_device, evaluate
+from fastvid.device import choose_device
+from fastvid.engine import GroupStep, evaluate
 from fastvid.errors import InputError
+from fastvid.learner import Learner
 from fastvid.loader import EvalLoader
 from fastvid.methods import build
 from fastvid.wresnet import WideResNet
@@ -88,13 +90,17 @@ def test_without_gradients_only_decay_moves_weights_and_it_spares_the_variances_
             torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2.0 * (1 - 0.5 * 0.1)))
 
 
-def test_losses_are_means_over_images_and_start_anew_after_they_were_taken():
+def test_losses_are_means_over_images_and_start_anew_with_an_epoch_that_an_earlier_start_has_not_begun():
     one = learner(learning_rate=0.0)
+    step = GroupStep(None, [one], CPU, "bf16")
     for task, transfer, images in ((1.0, 10.0, 3), (5.0, 2.0, 1)):  # a last short batch weighs less
         one.update(one.parameters[0].sum() * 0 + task, torch.tensor(transfer), images)
-    assert one.take_losses(4) == (2.0, 8.0)
+    assert one.losses(4) == one.losses(4) == (2.0, 8.0)
+    step.begin_epoch(0.5, fresh=False)
+    assert one.losses(4) == (2.0, 8.0)
+    step.begin_epoch(0.5)
     one.update(one.parameters[0].sum() * 0 + 7.0, torch.tensor(0.0), 4)
-    assert one.take_losses(4) == (7.0, 0.0)
+    assert one.losses(4) == (7.0, 0.0)
 
 
 @pytest.mark.parametrize("task, transfer", [(math.nan, 0.0), (1.0, math.inf)], ids=["nan-task", "infinite-transfer"])
@@ -102,7 +108,7 @@ def test_a_loss_that_is_not_finite_is_told_with_the_method_and_the_remedy(task, 
     one = learner("student")
     one.loss_sums += torch.tensor([task, transfer])
     with pytest.raises(InputError, match="student diverged: task loss .*; lower its weight or --learning-rate, set --clip-norm"):
-        one.take_losses(1)
+        one.losses(1)
 
 
 @pytest.mark.parametrize("method", ["student", "vid"])
@@ -114,7 +120,7 @@ def test_a_learner_with_the_state_of_another_goes_on_with_the_same_bits(method):
     second.load_state(copy.deepcopy(first.state()))  # as a file would give it: the momentum is shared otherwise
     step(*batch(), learning_rate=0.02)
     GroupStep(teacher, [second], CPU, "fp16")(*batch(), learning_rate=0.02)
-    assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.take_losses(8) == second.take_losses(8)
+    assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.losses(8) == second.losses(8)
 
 
 @pytest.mark.parametrize("training", [True, False])

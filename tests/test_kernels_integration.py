@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import fastvid
 from fastvid import kernels
 from fastvid.config import TrainConfig
-from fastvid.engine import GroupStep, Learner
+from fastvid.engine import GroupStep
+from fastvid.learner import Learner
 from fastvid.methods import build
 
 FACTOR = 2.0
@@ -365,10 +366,10 @@ def train_network(name, impl, steps=50):
     learner.method.transfers[name].loss.impl = impl
     start = [parameter.detach().clone() for parameter in learner.parameters]
     step, losses = GroupStep(teacher.eval(), [learner], torch.device(DEVICE), "fp32"), []
-    step.begin_epoch(0.0)
     for i in range(steps):
+        step.begin_epoch(0.0)
         step(draw(4, 3, 8, 8, seed=i % 4, learns=False), torch.arange(4, device=DEVICE) + i % 4, learning_rate=1e-3)
-        losses.append(sum(learner.take_losses(4)))
+        losses.append(sum(learner.losses(4)))
     return losses, *(torch.cat([parameter.detach().flatten() for parameter in which]) for which in (start, learner.parameters))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastvid
 from fastvid.config import OPTION_GROUPS, ATOptions, FitNetOptions, KDOptions, TrainConfig, VIDOptions
-from fastvid.engine import Learner
+from fastvid.learner import Learner
 from fastvid.methods import METHODS, Terms, build
 from fastvid.methods.vid import VARIANTS
 from fastvid.wresnet import TAPS, WideResNet

@@ -34,7 +34,10 @@ kernels
 methods.base
 methods.at methods.fitnet methods.kd methods.vid
 methods
+device distributed
+learner
 engine
+profiling
 run
 train
 reproduce report doctor

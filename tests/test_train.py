@@ -17,12 +17,13 @@ import torch.nn.functional as F
 
 from fastvid import checkpoint, cli, datasets, results
 from fastvid.config import CIRCUMSTANCES, FitNetOptions, TrainConfig, VIDOptions
-from fastvid.engine import GroupStep, Learner, evaluate
+from fastvid.engine import GroupStep, evaluate
 from fastvid.errors import InputError, Interrupted
+from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, describe
 from fastvid.methods import build
 from fastvid.train import is_evaluated, learning_rate, train
-from fastvid.wresnet import WideResNet
+from fastvid.wresnet import WideResNet, frozen
 
 CPU = torch.device("cpu")
 STEPS = 3  # per epoch
@@ -128,9 +129,9 @@ def test_students_start_from_the_same_weights_whatever_their_method(tiny):
 def test_neither_the_method_nor_the_loader_changes_a_batch(tiny, monkeypatch):
     seen, real = {}, GroupStep.__call__
 
-    def step(self, images, labels, rate):
+    def step(self, images, labels, *rest):
         seen[name].append(hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest())
-        real(self, images, labels, rate)
+        real(self, images, labels, *rest)
 
     monkeypatch.setattr(GroupStep, "__call__", step)
     for name in ("student", "vid", "kd+at", "torch"):
@@ -247,7 +248,7 @@ def test_the_learning_rate_drops_at_30_60_and_80_percent(tiny, monkeypatch):
 
     def step(self, *batch):
         real(self, *batch)
-        used.append([group["lr"] for group in self.learners[0].optimizer.param_groups])
+        used.append([float(group["lr"]) for group in self.learners[0].optimizer.param_groups])
 
     monkeypatch.setattr(GroupStep, "__call__", step)
     train(tiny("a", "vid", epochs=10, batch_size=40))
@@ -287,10 +288,12 @@ def test_the_last_short_batch_is_trained_on_and_the_teacher_looks_once_per_batch
 
 def test_the_teacher_stays_as_it_was_loaded(tiny, teacher, forwards):
     train(tiny("a", "vid"))
-    (network,) = {network for network, _ in forwards if network.width == 2}
+    teaching, evaluated = dict.fromkeys(network for network, _ in forwards if network.width == 2)
     loaded = checkpoint.load_weights(teacher)[0]
-    assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
-    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    assert all(torch.equal(value, loaded[name]) for name, value in evaluated.state_dict().items())
+    expected = frozen(evaluated, teaching.conv1.weight.dtype).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in teaching.state_dict().items())
+    assert not any(network.training or parameter.requires_grad for network in (teaching, evaluated) for parameter in network.parameters())
 
 
 def test_images_and_weights_are_channels_last_and_a_student_is_back_in_training_mode_after_an_evaluation(tiny, forwards, monkeypatch):
@@ -442,7 +445,7 @@ def test_a_result_holds_the_whole_configuration_and_where_it_was_made(tiny):
 def test_which_loader_ran_is_said_and_recorded(tiny, capsys):
     for name in ("auto", "torch"):
         (result,) = train(tiny(name, "student", loader=name))
-        assert f"batches by {describe(name)}\n" in capsys.readouterr().err
+        assert f"batches by {describe(name)}, engine eager\n" in capsys.readouterr().err
         assert result.environment["loader"] == describe(name)
 
 

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,10 @@ class Transfer(nn.Module):
     """Factor on the cross entropy while this term is in the loss."""
     alone = False
     """Whether this term is now the whole loss: no cross entropy and no other term, so what they alone would train stands still."""
+    over = False
+    """Whether this term has left the loss."""
+    staged = False
+    """Whether begin_epoch ever changes `alone` or `over`."""
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
         raise NotImplementedError
@@ -60,18 +66,23 @@ class Method(nn.Module):
         self.transfers = nn.ModuleDict(transfers)
 
     def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
-        terms = list(self.transfers.values())
+        terms = [term for term in self.transfers.values() if not term.over]
         alone = [term for term in terms if term.alone]
-        task = transfer = labels.new_zeros((), dtype=torch.float32)
-        if not alone:  # left out, not weighted by zero: what has no gradient does not decay either
-            task = math.prod(term.task_weight for term in terms) * F.cross_entropy(student.logits.float(), labels)
-        for term in alone or terms:
-            transfer = transfer + term(student, teacher)
-        return Terms(task, transfer)
+        nothing = partial(labels.new_zeros, (), dtype=torch.float32)
+        task = nothing() if alone else F.cross_entropy(student.logits.float(), labels)  # without a gradient nothing decays either
+        weight = math.prod(term.task_weight for term in terms)
+        if weight != 1:
+            task = weight * task
+        values = [term(student, teacher) for term in alone or terms]
+        return Terms(task, reduce(add, values) if values else nothing())
 
     def begin_epoch(self, progress: float) -> None:
         for term in self.transfers.values():
             term.begin_epoch(progress)
+
+    def phase(self) -> tuple[tuple[bool, bool], ...]:
+        """What begin_epoch has changed: equal phases compute the same."""
+        return tuple((term.alone, term.over) for term in self.transfers.values())
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         return [parameter for term in self.transfers.values() for parameter in term.undecayed_parameters()]

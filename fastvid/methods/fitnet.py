@@ -5,7 +5,6 @@ stand still, then everything but the hint (CE, or with kd+fitnet the softened lo
 """
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
@@ -45,14 +44,12 @@ class Hint(Transfer):
         self.tap = TAPS.index(options.tap)
         self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap], factor=options.weight)
         self.options = options
-        self.over = False
+        self.staged = options.schedule == "two-stage"
 
     def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        if self.over:
-            return student.logits.new_zeros((), dtype=torch.float32)
         return self.loss(student.activated[self.tap], teacher.activated[self.tap])
 
     def begin_epoch(self, progress: float) -> None:
-        if self.options.schedule == "two-stage":
+        if self.staged:
             self.alone = progress < self.options.hint_share
             self.over = not self.alone

@@ -1,0 +1,116 @@
+"""One network in training: with its method, its optimizer, and the running sums of its losses."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from fastvid.config import TrainConfig
+from fastvid.device import autocast
+from fastvid.distributed import ALONE, Ranks
+from fastvid.errors import InputError
+from fastvid.methods import Method, Terms
+from fastvid.wresnet import Activations, WideResNet
+
+
+class Student(nn.Module):
+    """Network and method as one module, so that one wrapper sees every parameter: `(images, taught, labels)` -> Terms."""
+
+    def __init__(self, network: WideResNet, method: Method, device: torch.device, precision: str):
+        super().__init__()
+        self.network, self.method = network, method
+        self._device, self._precision = device, precision
+
+    def forward(self, images: Tensor, taught: Activations | None, labels: Tensor) -> Terms:
+        with autocast(self._device, self._precision):
+            return self.method(self.network(images), taught, labels)
+
+
+class Learner:
+    """`step` trains it on one batch; nothing in it waits for the device. All its state is written in place, so graphs can be replayed."""
+
+    def __init__(self, name: str, network: WideResNet, method: Method, config: TrainConfig, device: torch.device):
+        self.name = name
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.method = method.to(device)
+        student = Student(self.network, self.method, device, config.precision)
+        for module in student.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = None  # only a momentum of None needs it: a kernel less per layer and step
+        self.forward = student
+        self.clip_norm = config.clip_norm
+        self.parameters = [*self.network.parameters(), *self.method.parameters()]
+        undecayed = self.method.undecayed_parameters()
+        exempt = {id(parameter) for parameter in undecayed}
+        groups = [{"params": [p for p in self.parameters if id(p) not in exempt], "weight_decay": config.weight_decay}]
+        if undecayed:
+            groups.append({"params": undecayed, "weight_decay": 0.0})
+        self.learning_rate = torch.tensor(config.learning_rate, device=device)  # a tensor: graphs read it when they are replayed
+        self.optimizer = torch.optim.SGD(
+            groups, lr=self.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+        if config.momentum:  # zeros give the bits that no buffer gives; the fused step wants all or none, and hints alone reach some
+            for parameter in self.parameters:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=device))  # makes its tensors now
+        self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
+
+    def compile(self) -> None:
+        """Let torch.compile fuse forward, losses and backward; each batch size and phase of the method is compiled when it comes."""
+        self.forward = torch.compile(self.forward, fullgraph=True, dynamic=False)
+
+    def distribute(self, ranks: Ranks) -> None:
+        """Average the gradients over the ranks of a job (DistributedDataParallel)."""
+        staged = any(term.staged for term in self.method.transfers.values())
+        self.forward = DistributedDataParallel(self.forward, process_group=ranks.group, find_unused_parameters=staged)
+
+    def step(self, images: Tensor, taught: Activations | None, labels: Tensor, weight: float = 1.0) -> None:
+        """Forward, backward and update. weight: factor on the loss, for ranks whose batches differ in size."""
+        with record_function(f"{self.name}: forward"):
+            task, transfer = self.forward(images, taught, labels)
+        self.update(task, transfer, len(labels), weight)
+
+    def update(self, task: Tensor, transfer: Tensor, images: int, weight: float = 1.0) -> None:
+        """Backward and one optimizer step for these two terms, means over `images`."""
+        loss = task + transfer
+        with record_function(f"{self.name}: backward"):
+            self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+        with record_function(f"{self.name}: update"):
+            if self.clip_norm:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss_sums.add_(torch.stack((task, transfer)).detach(), alpha=images if weight else 0)
+
+    def set_learning_rate(self, value: float) -> None:
+        self.learning_rate.fill_(value)
+
+    def losses(self, images: int, ranks: Ranks = ALONE) -> tuple[float, float]:
+        """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device. InputError when not finite."""
+        task, transfer = (ranks.sum(self.loss_sums) / images).tolist()
+        if not math.isfinite(task + transfer):
+            raise InputError(f"{self.name} diverged: task loss {task}, transfer loss {transfer}; lower its weight or --learning-rate, "
+                             "set --clip-norm, or leave it out")
+        return task, transfer
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a step changes, but the scaler's two numbers."""
+        momenta = (state["momentum_buffer"] for state in self.optimizer.state.values())
+        return [*self.parameters, *self.network.buffers(), *self.method.buffers(), *momenta, self.loss_sums]
+
+    def state(self) -> dict:
+        return {"network": self.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
+
+    def load_state(self, state: dict) -> None:
+        """Before the first step: an optimizer that loads replaces its tensors."""
+        for part in ("network", "method", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(state[part])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.loss_sums.copy_(state["loss_sums"])

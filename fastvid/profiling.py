@@ -1,0 +1,66 @@
+"""Where a step's time goes: a trace for a viewer, and a summary for a reader."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
+
+from fastvid.device import synchronize
+from fastvid.engine import GroupStep
+from fastvid.loader import TrainLoader
+
+STEPS = 5
+ROWS = 12  # operators that the summary lists
+
+
+def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | None) -> str:
+    """Profile a few steps on batches of `epoch`; they leave no trace in the training. Returns the line that names the largest cost.
+
+    Writes FOLDER/profile.json, a trace for chrome://tracing or Perfetto, and FOLDER/profile.txt: time per part of a step and per operator,
+    which on a GPU is a kernel. A part holds what the host does for it; on a GPU, where the host runs ahead, parts are left out.
+    """
+    on_gpu = step.device.type == "cuda"
+    batches = (batch for number in range(epoch, epoch + 10**6) for batch in loader.epoch(number))
+    with step.rehearsal():
+        step.begin_epoch(0.0)
+        _run(step, batches, 2)
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            _run(step, batches, STEPS)
+    averages = profiler.key_averages()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [event for event in averages if event.device_type == kind]
+    parts = [(event.key, event.cpu_time_total) for event in events if ": " in event.key]
+    costs = [(event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count) for event in events
+             if ": " not in event.key]
+    costs = sorted((cost for cost in costs if cost[1]), key=lambda cost: -cost[1])
+    total = sum(time for _, time, _ in costs) or 1
+    what, noun = ("kernel", "kernels") if on_gpu else ("operator", "operators")
+    lines = [f"{', '.join(learner.name for learner in step.learners)} on {step.device}, {step.precision}: a step is "
+             f"{total / STEPS / 1000:.2f} ms in {sum(count for *_, count in costs) / STEPS:.0f} {noun} (mean of {STEPS} steps)", ""]
+    if not on_gpu:
+        lines += _table("part", [(name, time, STEPS) for name, time in sorted(parts, key=lambda part: -part[1])], total) + [""]
+    lines += _table(what, costs[:ROWS], total)
+    name, time, count = costs[0]
+    largest = f"largest cost of a step: {name}, {time / total:.0%} of {total / STEPS / 1000:.2f} ms in {count / STEPS:.0f} {noun}"
+    if folder:
+        profiler.export_chrome_trace(str(folder / "profile.json"))
+        (folder / "profile.txt").write_text("\n".join([*lines, "", largest]) + "\n")
+        largest += f" (more in {folder / 'profile.txt'}, trace in {folder / 'profile.json'})"
+    return largest
+
+
+def _run(step: GroupStep, batches: Iterable, count: int) -> None:
+    for _ in range(count):
+        with record_function("loader: batch"):
+            images, labels = next(batches)
+        step(images, labels, 0.0)
+    synchronize(step.device)
+
+
+def _table(title: str, rows: list[tuple[str, float, int]], total: float) -> list[str]:
+    """rows: (name, microseconds, calls), of all steps together."""
+    lines = [f"{title:60}{'ms per step':>14}{'share':>8}{'calls':>8}"]
+    return lines + [f"{name[:59]:60}{time / STEPS / 1000:14.3f}{time / total:8.1%}{count / STEPS:8.0f}" for name, time, count in rows]
