@@ -63,8 +63,8 @@ def _reproduce(args: argparse.Namespace) -> None:
     grid, config = _from_args(Grid, args), _from_args(TrainConfig, args)
     from fastvid.reproduce import reproduce
 
-    reproduce(grid, config)
-    _report(argparse.Namespace(folder=config.out))
+    if reproduce(grid, config):
+        _report(argparse.Namespace(folder=config.out))
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ They talk through gloo, on the host; gradients on GPUs travel through NCCL.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,6 @@ def noticing_loss(ranks: Ranks) -> Iterator[None]:
         text = str(error)
         if ranks.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower()):
             raise
-        reason = text.strip().partition("\n")[0]
+        reason = re.sub(r"^\[\S*\] ", "", text.strip()).partition("\n")[0].partition(". ")[0]  # without gloo's file name and advice
         raise RankLost(f"rank {ranks.rank} of {ranks.world_size} lost another one ({reason}): start the same command again, it goes on "
                        "from the last checkpoint") from error

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class Learner:
 
     def distribute(self, ranks: Ranks) -> None:
         """Average the gradients over the ranks of a job (DistributedDataParallel)."""
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of 1x1 convolutions, where both name the same order
         staged = any(term.staged for term in self.method.transfers.values())
         self.forward = DistributedDataParallel(self.forward, process_group=ranks.group, find_unused_parameters=staged)
 

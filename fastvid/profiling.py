@@ -1,6 +1,8 @@
 """Where a step's time goes: a trace for a viewer, and a summary for a reader."""
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     Writes FOLDER/profile.json, a trace for chrome://tracing or Perfetto, and FOLDER/profile.txt: time per part of a step and per operator,
     which on a GPU is a kernel. A part holds what the host does for it; on a GPU, where the host runs ahead, parts are left out.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler tells that it starts, stops, and finds no GPU
     on_gpu = step.device.type == "cuda"
     batches = (batch for number in range(epoch, epoch + 10**6) for batch in loader.epoch(number))
     with step.rehearsal():
@@ -32,9 +35,10 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     averages = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [event for event in averages if event.device_type == kind]
-    parts = [(event.key, event.cpu_time_total) for event in events if ": " in event.key]
+    names = re.compile(f"({'|'.join(re.escape(who) for who in ('loader', 'teacher', *(one.name for one in step.learners)))}): ")
+    parts = [(event.key, event.cpu_time_total) for event in events if names.match(event.key)]
     costs = [(event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count) for event in events
-             if ": " not in event.key]
+             if not names.match(event.key)]
     costs = sorted((cost for cost in costs if cost[1]), key=lambda cost: -cost[1])
     total = sum(time for _, time, _ in costs) or 1
     what, noun = ("kernel", "kernels") if on_gpu else ("operator", "operators")

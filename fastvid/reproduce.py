@@ -15,8 +15,8 @@ from fastvid.errors import InputError
 from fastvid.train import load_data, load_split, train_group
 
 
-def reproduce(grid: Grid, config: TrainConfig) -> None:
-    """Train the grid into config.out; `config` holds what all its runs share.
+def reproduce(grid: Grid, config: TrainConfig) -> bool:
+    """Train the grid into config.out; `config` holds what all its runs share. Returns whether this process speaks for the job.
 
     Where a method wants a teacher and config.teacher gives none, one is trained first, on the full training split with seed 0.
     Under torchrun each process trains whole groups of its own, the first one the teacher. Raises as train does.
@@ -40,6 +40,7 @@ def reproduce(grid: Grid, config: TrainConfig) -> None:
         for group in ranks.from_first(shares(groups, ranks.world_size, class_size))[ranks.rank]:
             train_group(group, ranks.alone())
         ranks.barrier()
+    return ranks.first
 
 
 def train_teacher(config: TrainConfig, ranks: Ranks) -> str:

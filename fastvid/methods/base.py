@@ -70,7 +70,7 @@ class Method(nn.Module):
         alone = [term for term in terms if term.alone]
         nothing = partial(labels.new_zeros, (), dtype=torch.float32)
         task = nothing() if alone else F.cross_entropy(student.logits.float(), labels)  # without a gradient nothing decays either
-        weight = math.prod(term.task_weight for term in terms)
+        weight = math.prod([term.task_weight for term in terms])
         if weight != 1:
             task = weight * task
         values = [term(student, teacher) for term in alone or terms]
