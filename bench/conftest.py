@@ -92,6 +92,8 @@ def table(rows: list[dict]) -> list[str]:
             line += f" {row['exposed']:+.1%} beside a static batch"
         if "losses_share" in row:
             line += f" {row['losses_us'][0]:.0f} us of it in the four vid_nll: {row['losses_share']:.1%}"
+        if "speed_up" in row:
+            line += f" {row['images_per_s']:,} images/s, {row['speed_up']:.2f}x the first row of its kind"
         lines.append(line)
     return lines
 

@@ -5,17 +5,27 @@ import numpy as np
 import pytest
 import torch
 
-from fastvid.config import TrainConfig, VIDOptions
+from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
-from fastvid.device import choose_device
-from fastvid.engine import GroupStep, evaluate
+from fastvid.decode import dali_is_installed
+from fastvid.device import DTYPES, choose_device
+from fastvid.distributed import Ranks
+from fastvid.engine import GroupStep, Mode, choose_engine, evaluate
 from fastvid.errors import InputError
 from fastvid.learner import Learner
-from fastvid.loader import EvalLoader
+from fastvid.loader import EvalLoader, train_loader
 from fastvid.methods import build
+from fastvid.plan import BatchPlan
 from fastvid.wresnet import WideResNet
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    return "cuda"
 
 
 def random_arrays(count):
@@ -167,3 +177,165 @@ def test_auto_takes_the_gpu_where_there_is_one():
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
     assert choose_device("auto").type == choose_device("cuda:0").type == "cuda"
+
+
+METHODS = ("student", "kd", "fitnet", "at", "vid")
+
+
+def trained(engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8), dtype=torch.float32, **settings):
+    """How far each student of a group, with its regressors, has moved after batches of these sizes; and the group's step.
+
+    dtype: of weights, and of images.
+    """
+    torch.manual_seed(0)
+    teacher = WideResNet(10, 2)
+    teacher(torch.randn(16, 3, 32, 32))  # running statistics
+    teacher.eval().requires_grad_(False).to(device, dtype)
+    learners = []
+    for name in methods:
+        torch.manual_seed(1)
+        network, config = WideResNet(10, 1), TrainConfig(method=(name,), precision=precision, **settings)
+        method = build(name, config, network, teacher).to(dtype)
+        learners.append(Learner(name, network.to(dtype), method, config, torch.device(device)))
+    before = [flat(one.parameters) for one in learners]
+    step = GroupStep(teacher, learners, torch.device(device), precision, engine)
+    generator = torch.Generator().manual_seed(2)
+    for number, size in enumerate(sizes):
+        step.begin_epoch(number / len(sizes), fresh=number == 0)
+        images = torch.randn(size, 3, 32, 32, generator=generator).to(device, dtype, memory_format=torch.channels_last)
+        step(images, torch.randint(10, (size,), generator=generator).to(device), learning_rate=0.01 / (1 + number))
+    return [flat(one.parameters).cpu() - start.cpu() for one, start in zip(learners, before)], step
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """As trained, in float64 throughout, eagerly."""
+    def train(device, **settings):
+        with monkeypatch.context() as patch:
+            patch.setitem(DTYPES, "fp32", torch.float64)
+            return trained("eager", "fp32", device, dtype=torch.float64, **settings)[0]
+
+    return train
+
+
+def close_enough(moves, eager, exact):
+    """Whether each training is as near to the one in float64 as the eager one is, up to a factor.
+
+    Fused code rounds elsewhere, not worse. But it is another draw of the same rounding errors, and five steps of training stretch them:
+    3 is more than the two differ in over seeds, and far less than any wrong gradient makes.
+    """
+    return all((one - true).norm() <= 3 * (other - true).norm() for one, other, true in zip(moves, eager, exact))
+
+
+def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_trace(exact):
+    settings = {"methods": ("vid",), "sizes": (8, 4, 8)}
+    eager, _ = trained("eager", "fp32", "cpu", **settings)
+    compiled, step = trained("compile", "fp32", "cpu", **settings)
+    assert close_enough(compiled, eager, exact("cpu", **settings))
+    assert step.preparation_seconds > 0
+    losses = step.learners[0].losses(20)
+    before, spent = step.learners[0].state(), step.preparation_seconds
+    again, other = trained("compile", "fp32", "cpu", **settings)  # a second group is not compiled anew
+    assert torch.equal(*compiled, *again) and other.learners[0].losses(20) == losses
+    assert other.preparation_seconds < spent / 2 and before.keys() == other.learners[0].state().keys()
+
+
+def test_a_rehearsal_leaves_no_trace_in_networks_regressors_momenta_sums_and_scaler():
+    _, step = trained("eager", "fp16", "cpu", methods=("vid",), sizes=(4,))
+    (one,) = step.learners
+    before = copy.deepcopy(one.state())
+    with step.rehearsal():
+        step(*batch(), learning_rate=0.1)
+        assert not torch.equal(one.state()["network"]["conv1.weight"], before["network"]["conv1.weight"])
+    after = one.state()
+    for part in ("network", "method"):
+        assert all(torch.equal(value, before[part][name]) for name, value in after[part].items())
+    momenta = [state["optimizer"]["state"][number]["momentum_buffer"] for state in (before, after) for number in range(len(one.parameters))]
+    assert all(map(torch.equal, momenta[:len(one.parameters)], momenta[len(one.parameters):]))
+    assert torch.equal(after["loss_sums"], before["loss_sums"]) and after["scaler"] == before["scaler"]
+
+
+@pytest.mark.parametrize("name, device, expected", [
+    ("auto", "cpu", "eager"), ("eager", "cpu", "eager"), ("compile", "cpu", "compile"),
+    ("auto", "cuda", "graph"), ("eager", "cuda", "eager"), ("graph", "cuda", "graph")])
+def test_auto_takes_graphs_on_a_gpu_and_no_compilation_on_a_cpu(name, device, expected):
+    assert choose_engine(name, torch.device(device)) == expected
+
+
+def test_a_graph_without_a_gpu_or_among_ranks_is_refused_with_the_remedy():
+    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take --engine auto"):
+        choose_engine("graph", CPU)
+    with pytest.raises(InputError, match="--engine graph is for one process, and torchrun has started several: take --engine auto"):
+        choose_engine("graph", torch.device("cuda"), Ranks(world_size=2))
+    assert choose_engine("auto", torch.device("cuda"), Ranks(world_size=2)) == "eager"
+
+
+def test_a_step_on_a_cpu_uses_the_learning_rate_that_it_is_given_each_time():
+    one = learner(momentum=0.0, weight_decay=0.0, precision="fp32")
+    step = GroupStep(None, [one], CPU, "fp32")
+    images = batch()
+    for rate in (0.0, 0.25, 0.0):
+        before = flat(one.parameters)
+        step(*images, learning_rate=rate)
+        assert torch.equal(before, flat(one.parameters)) == (rate == 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("engine", ["compile", "graph", Mode(compiled=False, captured=True)], ids=["compile", "graph", "graph-of-eager"])
+def test_every_engine_gives_the_same_training_within_bounds_on_a_gpu(engine, precision, gpu, exact):
+    eager, _ = trained("eager", precision, gpu)
+    other, step = trained(engine, precision, gpu)
+    assert close_enough(other, eager, exact("cpu"))
+    if step.mode.captured:
+        assert len(step._prepared) == 2, "one graph for full batches and one for short ones"
+
+
+@pytest.mark.gpu
+def test_a_graph_of_eager_kernels_trains_to_the_bits_of_the_eager_step(gpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    eager, _ = trained("eager", "bf16", gpu)
+    captured, _ = trained(Mode(compiled=False, captured=True), "bf16", gpu)
+    assert all(map(torch.equal, eager, captured))
+
+
+@pytest.mark.gpu
+def test_the_phases_of_a_two_stage_hint_have_graphs_of_their_own(gpu, exact):
+    settings = {"methods": ("fitnet",), "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.4)}
+    eager, _ = trained("eager", "fp32", gpu, **settings)
+    captured, step = trained("graph", "fp32", gpu, **settings)
+    assert close_enough(captured, eager, exact("cpu", **settings)) and len(step._prepared) == 3  # the hint: 16; then 8 and 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_nothing_in_the_steady_state_waits_for_the_gpu(precision, backend, gpu):
+    if backend == "dali" and not dali_is_installed():
+        pytest.skip("DALI is not installed")
+    _, step = trained("graph", precision, gpu, sizes=(16, 8))
+    arrays = random_arrays(40)
+    loader = train_loader(arrays, BatchPlan(40, 16, seed=0), backend=backend, device=gpu)
+    for images, labels in loader.epoch(0):
+        step(images, labels, 0.01)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in (1, 2, 3):
+            step.begin_epoch(epoch / 4)
+            for images, labels in loader.epoch(epoch):
+                step(images, labels, 0.01 / epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_an_evaluation_as_a_graph_counts_as_the_eager_one_does_and_sees_new_weights(gpu):
+    _, step = trained("graph", "bf16", gpu, methods=("student", "vid"))
+    loader = EvalLoader(random_arrays(50), 20, device=gpu)
+    for _ in range(2):
+        for one in step.learners:
+            assert step.accuracy(one, loader) == evaluate(one.network, loader, torch.device(gpu), "bf16")
+        with torch.no_grad():
+            for one in step.learners:
+                one.network.fc.bias.copy_(torch.randn(10))

@@ -1,0 +1,117 @@
+"""How fast a training step is: ours beside a plain one, each measure's share, and how the cost scales. WRN-40-2 teaches WRN-16-1.
+
+    python -m pytest bench/test_step.py --data DIR [--rows FILE.jsonl] [--quick]
+    python bench/plot_step.py FILE.jsonl PICTURE.png     the rows of the scale
+
+DIR holds cifar-10-batches-py. The plain step is what common distillation code does: fp32, NCHW, eager, torchvision's DataLoader with two
+workers, a teacher forward for every method that has a teacher, the formulas in plain PyTorch, loss.item(). Each side is a process of its
+own (step.py); they take turns, round by round, so that a busy minute of the machine slows them all.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from clock import DEVICE, ON_GPU, quantiles
+from step import Step
+
+FIVE = ("student", "kd", "fitnet", "at", "vid")
+EAGER, COMPILED, CAPTURED, WHOLE = (False, False), (True, False), (False, True), (True, True)
+OURS = {"loader": "dali", "channels_last": True, "precision": "bf16", "shared_teacher": True, "frozen_teacher": True, "fused_losses": True,
+        "engine": EAGER, "tuned": True}
+LADDER = {  # from the plain step to ours: every rung keeps what came before
+    "plain": {}, "our loader": {"loader": "dali"}, "channels-last": {"channels_last": True}, "bf16": {"precision": "bf16"},
+    "shared teacher": {"shared_teacher": True}, "folded teacher": {"frozen_teacher": True}, "fused losses": {"fused_losses": True},
+    "our step": {"engine": EAGER}, "tuned": {"tuned": True}, "compile": {"engine": COMPILED},
+} | ({"graph": {"engine": CAPTURED}, "compile and graph": {"engine": WHOLE}} if ON_GPU else {})
+
+
+class Side:
+    """A process that makes steps when it is told to."""
+
+    def __init__(self, spec: Step):
+        self.spec = spec
+        settings = {name: value for name, value in dataclasses.asdict(spec).items() if value is not None}
+        self._process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(settings)],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Side:
+        assert self._process.stdout.readline() == "ready\n", f"{self.spec} did not start"
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def microseconds(self, steps: int) -> float:
+        """Per step."""
+        print(steps, file=self._process.stdin, flush=True)
+        return 1e6 * float(self._process.stdout.readline()) / steps
+
+
+@pytest.fixture
+def compare(pytestconfig, record):
+    """compare(subject, {side: Step}): measure the sides in turns and record a row for each; the first is the one to compare with."""
+    if not pytestconfig.option.data:
+        pytest.skip("no CIFAR-10: give the folder of cifar-10-batches-py as --data")
+    quick = pytestconfig.option.quick
+    steps, rounds = (1, 1) if quick else (200, 9) if ON_GPU else (2, 7)
+
+    def measure(subject: str, specs: dict[str, Step], **more) -> dict[str, float]:
+        times: dict[str, list[float]] = {side: [] for side in specs}
+        with ExitStack() as stack:
+            sides = {}
+            for name, spec in specs.items():  # one after another: a start would disturb the next one's
+                sides[name] = stack.enter_context(Side(dataclasses.replace(spec, data=str(pytestconfig.option.data))))
+            for number in range(rounds + 1):
+                for name, side in sides.items():
+                    microseconds = side.microseconds(steps)
+                    if number:  # the first round warms up
+                        times[name].append(microseconds)
+        middle = {name: quantiles(values) for name, values in times.items()}
+        first = next(iter(middle.values()))
+        for name, spec in specs.items():
+            images = spec.batch * len(spec.methods)
+            record({"op": "step", "tap": subject, "shape": f"{spec.batch}x3x32x32", "dtype": spec.precision, "impl": name, "pass": "step",
+                    "launch": "host", "on": DEVICE.type, "gpu_us": None, "wall_us": middle[name],
+                    "images_per_s": round(1e6 * images / middle[name][0]), "speed_up": round(first[0] / middle[name][0], 3),
+                    "methods": spec.methods, "student": spec.student, **more})
+        return {name: values[0] for name, values in middle.items()}
+
+    return measure
+
+
+@pytest.mark.parametrize("subject, methods", [("vid", ("vid",)), ("five methods", FIVE)])
+def test_each_measure_from_the_plain_step_to_ours(compare, subject, methods):
+    taken, specs = {}, {}
+    for rung, change in LADDER.items():
+        taken |= change
+        specs[rung] = Step(methods=methods, **taken)
+    compare(subject, specs)
+
+
+def test_students_together_beside_one_after_another(compare):
+    engine = {"engine": WHOLE if ON_GPU else EAGER}
+    distilled = FIVE[1:]
+    alone = {name: Step(methods=(name,), **(OURS | engine)) for name in FIVE}
+    middle = compare("together", {"together": Step(methods=distilled, **(OURS | engine))} | alone)
+    assert middle["together"] < sum(middle[name] for name in distilled)
+
+
+SCALES = {
+    "batch": {size: {"batch": size} for size in (32, 64, 128, 256, 512)},
+    "students": {count: {"methods": tuple(reversed(FIVE))[:count]} for count in range(1, 6)},
+    "width": {width: {"student": (16, width)} for width in (1, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_cost_of_a_step_against(compare, scale, pytestconfig):
+    changes = list(SCALES[scale].items())[:2 if pytestconfig.option.quick else None]
+    settings = OURS | {"engine": WHOLE if ON_GPU else EAGER}
+    compare(f"scale: {scale}", {str(value): Step(**(settings | change)) for value, change in changes}, scale=scale)
