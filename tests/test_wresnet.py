@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvid.errors import InputError
 from fastvid.loader import EvalLoader
-from fastvid.wresnet import WideResNet, channels
+from fastvid.wresnet import WideResNet, channels, frozen
 
 
 def network(depth=10, width=2, *, train=False, num_classes=10):
@@ -27,6 +27,10 @@ def network(depth=10, width=2, *, train=False, num_classes=10):
 
 def images(count=3, size=8):
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def flat(activations):
+    return [*activations.stages, *activations.activated, activations.logits]
 
 
 # --- the same network in NumPy, float64, from the weights of a state dict
@@ -199,12 +203,35 @@ def test_convolutions_start_with_the_variance_of_he_et_al_over_fan_out():
     assert weight.var().item() == pytest.approx(2 / (9 * 256), rel=0.01)
 
 
+@pytest.mark.parametrize("depth, width", [(10, 1), (16, 2)])
+def test_a_frozen_network_computes_the_same_from_folded_weights_and_its_original_stays(depth, width):
+    net = network(depth, width)
+    before = copy.deepcopy(net.state_dict())
+    frozen_net = frozen(net, torch.float64)
+    for mine, expected in zip(flat(frozen_net(images())), flat(net(images()))):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in frozen_net.modules()) == (depth - 4) // 2 + 1, "one of each block's two"
+    assert not frozen_net.training and not any(parameter.requires_grad for parameter in frozen_net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and net.fc.weight.requires_grad
+
+
+def test_a_frozen_network_holds_its_weights_in_the_compute_type_and_its_statistics_in_fp32():
+    frozen_net = frozen(network().float().train(), torch.bfloat16)
+    for name, tensor in frozen_net.state_dict().items():
+        assert tensor.dtype == (torch.int64 if "num_batches" in name else torch.float32 if "bn" in name else torch.bfloat16), name
+    assert all(tensor.dtype == torch.bfloat16 for tensor in flat(frozen_net(images().bfloat16())))
+    assert frozen_net.block1.layer[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_public_names_of_the_trained_teacher_fit_and_it_classifies_real_images(teacher_file, cifar10_test):
     teacher = WideResNet(40, 2)
     teacher.load_state_dict(load_file(teacher_file), strict=True)
     teacher.eval().to(memory_format=torch.channels_last)
-    correct = 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    teaching = frozen(teacher, torch.bfloat16)
+    correct = torch.zeros(2)
+    with torch.no_grad():
         for step, (images, labels) in zip(range(10), EvalLoader(cifar10_test, 100)):
-            correct += (teacher(images).logits.argmax(dim=1) == labels).sum().item()
-    assert correct > 920  # of the first 1,000; 92.47 % of all 10,000
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = teacher(images).logits
+            correct += torch.stack([(found.argmax(dim=1) == labels).sum() for found in (logits, teaching(images.bfloat16()).logits)])
+    assert correct[0] > 920 and correct[1] > 920  # of the first 1,000; 92.47 % of all 10,000
