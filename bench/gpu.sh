@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in stages of under ten minutes each:
 #
-#   bench/gpu.sh STAGE DATA OUT      STAGE: tests, sanitizer, losses, loader, step, profile, table
+#   bench/gpu.sh STAGE DATA OUT      STAGE: tests, sanitizer, losses, loader, vid, five, together, scale, profile, table
 #
 # DATA holds cifar-10-batches-py; everything is written into OUT. `table` trains the teacher and all methods on all fractions with one
 # seed; it stops after nine and a half minutes and goes on in the next call with the same OUT.
@@ -14,14 +14,14 @@ python=${PYTHON:-python3}
 commit=${COMMIT:-$(git describe --always --dirty --abbrev=12 --match= 2>/dev/null || echo unknown)}
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv > "$out/device.csv" 2>/dev/null || true
 
-bench() { "$python" -m pytest -q "bench/test_$1.py" --data "$data" --commit "$commit" --rows "$out/$1.jsonl" "${@:2}"; }
+bench() { timeout 590 "$python" -m pytest -q "bench/test_$1.py" --data "$data" --commit "$commit" --rows "$out/$1.jsonl" "${@:2}" 2>&1 | tee "$out/$stage.txt"; }
 
 case $stage in
     tests)     timeout 580 "$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.txt" ;;
     sanitizer) timeout 580 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_kernels_triton.py \
                    2>&1 | tee "$out/sanitizer.txt" ;;
-    losses | loader | step) timeout 590 bash -c "$(declare -f bench); python='$python' data='$data' commit='$commit' out='$out'; bench $stage" \
-                   2>&1 | tee "$out/$stage.txt" ;;
+    losses | loader) bench "$stage" ;;
+    vid | five | together | scale) bench step -k "${stage/scale/cost}" ;;
     profile)   for engine in eager graph; do
                    "$python" -m fastvid train --method vid --data "$data" --teacher "${TEACHER:?weights of a WRN-40-2}" --per-class 100 \
                        --epochs 2 --engine $engine --profile --out "$out/profile-$engine"

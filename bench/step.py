@@ -39,7 +39,7 @@ class Step:
     batch: int = 128
     student: tuple[int, int] = (16, 1)
     loader: str = "torchvision"
-    """torchvision, dali or torch"""
+    """torchvision, dali, torch, or static: the same batch again and again"""
     channels_last: bool = False
     precision: str = "fp32"
     shared_teacher: bool = False
@@ -66,6 +66,11 @@ def plain_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
     for _ in itertools.count():
         for images, labels in loader:
             yield Batch(images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True))
+
+
+def static_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
+    batch = next(our_loader(dataclasses.replace(spec, loader="torch"), arrays))
+    return itertools.repeat(batch)
 
 
 def our_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
@@ -130,7 +135,7 @@ def main(spec: Step) -> None:
         student = WideResNet(*spec.student)
         students[name] = student.to(DEVICE), build(name, TrainConfig(method=(name,)), student, teacher).to(DEVICE)
     step = (plain_step if spec.engine is None else our_step)(spec, teacher, students)
-    batches = (plain_loader if spec.loader == "torchvision" else our_loader)(spec, arrays)
+    batches = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)(spec, arrays)
     step(*next(batches))  # compiles and captures
     synchronize()
     print("ready", flush=True)

@@ -45,7 +45,8 @@ def tune(device: torch.device, processes: int = 1) -> None:
     Memory: glibc shall keep what is freed. It would give large maps back to the system and take them anew, page by page, in every step.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:  # else the current GPU, which is a rank's own
+            torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         return
     if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -59,7 +60,7 @@ def tune(device: torch.device, processes: int = 1) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU since reset_peak_memory, of the whole process on a CPU. None where the system does not tell."""
+    """Bytes: of tensors on a GPU since reset_peak_memory, warm-up included; of the whole process on a CPU. None where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

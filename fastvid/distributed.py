@@ -32,7 +32,7 @@ class Ranks:
     """rank among those of this machine"""
     local_world_size: int = 1
     group: Any = None
-    """process group for gradients; none: the default one"""
+    """process group for gradients on GPUs"""
 
     @property
     def first(self) -> bool:

@@ -9,9 +9,11 @@ change is put back. Their seconds are counted apart.
 """
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -70,8 +72,8 @@ class GroupStep:
         self._teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
         self._learning_rate: float | None = None
         self._prepared: dict[tuple, Callable[[Tensor, Tensor], None]] = {}
-        self._counts: dict[str, Callable[[], Tensor]] = {}
-        self._streams = [torch.cuda.Stream(device) for _ in learners] if self.mode.captured else [None] * len(learners)
+        self._counts: dict[tuple[str, EvalLoader], Callable[[], Tensor]] = {}
+        self._streams = [_stream(device, 1 + number) if self.mode.captured else None for number in range(len(learners))]
         if self.mode.captured:
             self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of full and of short batches never run at once
         if self.mode.compiled:
@@ -132,7 +134,7 @@ class GroupStep:
 
         with self.rehearsal():
             if self.mode.captured:
-                return _Captured(run, images, labels, pool=self._pool, warm_up=WARM_UP)
+                return _Captured(run, images, labels, device=self.device, pool=self._pool, warm_up=WARM_UP)
             run(images, labels)
             return run
 
@@ -148,16 +150,18 @@ class GroupStep:
             learner.scaler.load_state_dict(scaler)
 
     def accuracy(self, learner: Learner, loader: EvalLoader) -> float:
-        """As evaluate, for a learner of this group and always the same loader: captured, it is one launch."""
+        """As evaluate, for a learner of this group: captured, it is one launch."""
         if not self.mode.captured:
             return evaluate(learner.network, loader, self.device, self.precision)
-        if learner.name not in self._counts:
-            self._counts[learner.name] = self._timed(lambda: self._capture_count(learner, loader))
-        return 100 * self._counts[learner.name]().item() / loader.num_images
+        key = learner.name, loader  # held as long as its graph reads it
+        if key not in self._counts:
+            self._counts[key] = self._timed(lambda: self._capture_count(learner, loader))
+        return 100 * self._counts[key]().item() / loader.num_images
 
     def _capture_count(self, learner: Learner, loader: EvalLoader) -> Callable[[], Tensor]:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        graph = _Captured(lambda: correct.copy_(_count(learner.network, loader, self.device, self.precision)), pool=self._pool, warm_up=1)
+        graph = _Captured(lambda: correct.copy_(_count(learner.network, loader, self.device, self.precision)),
+                          device=self.device, pool=self._pool, warm_up=1)
 
         def count() -> Tensor:
             graph()
@@ -177,20 +181,28 @@ class GroupStep:
 class _Captured:
     """A function of tensors, recorded once as a CUDA graph and replayed on new contents of the same shapes."""
 
-    def __init__(self, function: Callable[..., object], *inputs: Tensor, pool: tuple[int, int], warm_up: int):
+    def __init__(self, function: Callable[..., object], *inputs: Tensor, device: torch.device, pool: tuple[int, int], warm_up: int):
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        with _beside(torch.cuda.Stream()):
+        stream = _stream(device, 0)
+        with _beside(stream):
             for _ in range(warm_up):
                 function(*self._inputs)
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):  # DALI's threads work on meanwhile
+        gc.collect()  # an old graph that is freed during a capture would break it
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # DALI's threads work on
             function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> None:
         for mine, given in zip(self._inputs, inputs):
             mine.copy_(given)
         self._graph.replay()
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same ones for the whole process: torch has 32 and deals them in turn, so that new ones would come to be shared."""
+    return torch.cuda.Stream(device)
 
 
 def _beside(stream: torch.cuda.Stream | None):

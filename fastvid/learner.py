@@ -67,7 +67,8 @@ class Learner:
         """Average the gradients over the ranks of a job (DistributedDataParallel)."""
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of 1x1 convolutions, where both name the same order
         staged = any(term.staged for term in self.method.transfers.values())
-        self.forward = DistributedDataParallel(self.forward, process_group=ranks.group, find_unused_parameters=staged)
+        group = ranks.group if self.loss_sums.is_cuda else None
+        self.forward = DistributedDataParallel(self.forward, process_group=group, find_unused_parameters=staged)
 
     def step(self, images: Tensor, taught: Activations | None, labels: Tensor, weight: float = 1.0) -> None:
         """Forward, backward and update. weight: factor on the loss, for ranks whose batches differ in size."""

@@ -26,7 +26,8 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler tells that it starts, stops, and finds no GPU
     on_gpu = step.device.type == "cuda"
-    batches = (batch for number in range(epoch, epoch + 10**6) for batch in loader.epoch(number))
+    batches = (batch for number in range(epoch, epoch + 10**6) for batch in loader.epoch(number)
+               if len(batch.labels) == loader.plan.size(0))  # a short one would be compiled or captured here
     with step.rehearsal():
         step.begin_epoch(0.0)
         _run(step, batches, 2)
@@ -40,10 +41,12 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     costs = [(event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count) for event in events
              if not names.match(event.key)]
     costs = sorted((cost for cost in costs if cost[1]), key=lambda cost: -cost[1])
-    total = sum(time for _, time, _ in costs) or 1
+    if not costs:
+        return "the profiler saw nothing: this process may not read the GPU's counters"
+    total = sum(time for _, time, _ in costs)
     what, noun = ("kernel", "kernels") if on_gpu else ("operator", "operators")
     lines = [f"{', '.join(learner.name for learner in step.learners)} on {step.device}, {step.precision}: a step is "
-             f"{total / STEPS / 1000:.2f} ms in {sum(count for *_, count in costs) / STEPS:.0f} {noun} (mean of {STEPS} steps)", ""]
+             f"{sum(count for *_, count in costs) / STEPS:.0f} {noun}, {total / STEPS / 1000:.2f} ms together (mean of {STEPS} steps)", ""]
     if not on_gpu:
         lines += _table("part", [(name, time, STEPS) for name, time in sorted(parts, key=lambda part: -part[1])], total) + [""]
     lines += _table(what, costs[:ROWS], total)

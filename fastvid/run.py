@@ -69,9 +69,11 @@ class Run:
 
     def evaluate(self, epoch: int, losses: tuple[float, float], step: GroupStep, loader: EvalLoader) -> None:
         """Add a point to the learning curve. `epoch`: epochs completed."""
-        started = time.perf_counter()
+        started, prepared = time.perf_counter(), step.preparation_seconds
         accuracy = step.accuracy(self.learner, loader)
-        self.evaluation_seconds += time.perf_counter() - started
+        preparing = step.preparation_seconds - prepared
+        self.preparation_seconds += preparing
+        self.evaluation_seconds += time.perf_counter() - started - preparing
         variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
         self.history.append(Evaluation(epoch, accuracy, *losses, variances))
 

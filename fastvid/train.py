@@ -83,7 +83,7 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
         train_side_by_side(group, config, data, teacher, device, engine, ranks)
         if ranks.first:
             if teacher is not None and known is None:
-                known = evaluate(teacher, EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
+                known = evaluate(teacher.to(device), EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
             for run in group:
                 finished[run.method] = run.finish(group, known)
                 say(summary(finished[run.method]))
@@ -110,6 +110,8 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
             naming_what_does_not_fit(group, config, device), distributed.noticing_loss(ranks):
         if config.profile and first_epoch < config.epochs:
             say(profile(step, loader, first_epoch, Path(config.out) if ranks.first else None))
+            for run in group:
+                run.preparation_seconds += step.preparation_seconds
         last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
             started, prepared = time.perf_counter(), step.preparation_seconds
@@ -125,7 +127,8 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                     break
             epoch_is_over = done == (epoch + 1) * plan.steps_per_epoch
             evaluating = epoch_is_over and is_evaluated(epoch, config)
-            if evaluating or device.type == "cpu":  # a GPU is waited for in epochs with an evaluation only
+            saving = epoch + 1 == config.epochs or ranks.any(time.monotonic() - last_save > 60 * config.checkpoint_minutes)
+            if evaluating or saving or device.type == "cpu":  # a GPU is waited for only then
                 losses = [run.learner.losses(len(data.train), ranks) for run in group]
             preparing = step.preparation_seconds - prepared
             for run in group:
@@ -136,7 +139,7 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                     run.evaluate(epoch + 1, means, step, test)
                 bar.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
             stopping = ranks.any(stop.is_set())
-            if stopping or epoch + 1 == config.epochs or ranks.any(time.monotonic() - last_save > 60 * config.checkpoint_minutes):
+            if saving or stopping:
                 for run in group:
                     run.learner.losses(len(data.train), ranks)  # what is not finite is not saved
                     run.save(done)
