@@ -40,3 +40,15 @@ def test_how_fast_the_loaders_are_is_what_the_committed_rows_say():
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"DALI gave {ratio['dali']} times and PyTorch {ratio['torch']} times the images/s of a torchvision DataLoader" in text
     assert not any(row["quick"] for row in rows) and {row["threads"] for row in rows} == {2}
+
+
+def test_how_fast_a_step_is_is_what_the_committed_rows_say():
+    rows = [json.loads(line) for line in (ROOT / "bench/results/step-cpu.jsonl").read_text().splitlines()]
+    assert not any(row["quick"] for row in rows) and {row["threads"] for row in rows} == {2}
+    gain = {(row["tap"], row["impl"]): row["speed_up"] for row in rows}
+    rungs = [row["impl"] for row in rows if row["tap"] == "vid"]
+    lines = [f"| {rung} | {gain['vid', rung]:.2f}x | {gain['five methods', rung]:.2f}x |" for rung in rungs]
+    readme = (ROOT / "README.md").read_text()
+    assert len(rungs) > 8 and "\n".join(lines) in readme
+    ours = {subject: f"{gain[subject, 'tuned']:.1f}" for subject in ("vid", "five methods")}
+    assert f"one VID student {ours['vid']} times, a group of five methods {ours['five methods']} times" in " ".join(readme.split())
