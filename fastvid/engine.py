@@ -66,7 +66,7 @@ class GroupStep:
 
     def __init__(self, teacher: WideResNet | None, learners: list[Learner], device: torch.device, precision: str,
                  engine: str | Mode = "eager", ranks: Ranks = ALONE):
-        self.learners, self.device, self.precision, self.ranks = learners, device, precision, ranks
+        self.learners, self.device, self.precision = learners, device, precision
         self.mode = ENGINES[engine] if isinstance(engine, str) else engine
         self.preparation_seconds = 0.0
         self._teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
