@@ -1,7 +1,7 @@
 """A training step in a process of its own, from the plain one to ours: `python bench/step.py SPEC`, SPEC a Step as JSON.
 
-Prints "ready", then for each line N on its input the seconds of N steps. Its own process, because allocator, threads and compiled
-code belong to a process, and memory that one step left would help the next.
+Prints "ready", then for each line N on its input the seconds of N steps, after one that is not counted. Its own process, because
+allocator, threads and compiled code belong to a process, and memory that one step left would help the next.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Step:
     channels_last: bool = False
     precision: str = "fp32"
     shared_teacher: bool = False
-    """one teacher forward for all methods; else each that needs a teacher has its own"""
+    """one batch and one teacher forward for all methods; else each has a batch of its own, and a teacher forward if it needs a teacher"""
     frozen_teacher: bool = False
     """batch norms folded, weights once in the compute type"""
     fused_losses: bool = False
@@ -79,7 +79,7 @@ def our_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
     return (batch for epoch in itertools.count() for batch in loader.epoch(epoch) if len(batch.labels) == spec.batch)
 
 
-def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]]) -> Callable[[Tensor, Tensor], None]:
+def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]) -> Callable:
     """Forward, backward, torch's default SGD and loss.item(), method by method."""
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     taught_in = DTYPES[spec.precision] if spec.frozen_teacher else torch.float32
@@ -98,12 +98,13 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
         with contextlib.nullcontext() if spec.frozen_teacher else autocast(DEVICE, spec.precision):
             return teacher(images.to(taught_in))
 
-    def step(images: Tensor, labels: Tensor) -> None:
-        images = images.contiguous(memory_format=layout)
-        taught = teach(images) if spec.shared_teacher else None
+    def step() -> None:
+        shared = None
         for name, (network, method) in students.items():
-            if not spec.shared_teacher:
-                taught = teach(images) if method.transfers else None
+            if shared is None or not spec.shared_teacher:
+                images, labels = shared = next(batches)
+                images = images.contiguous(memory_format=layout)
+                taught = teach(images) if spec.shared_teacher or method.transfers else None
             with autocast(DEVICE, spec.precision):
                 terms = method(network(images), taught, labels)
             loss = terms.task + terms.transfer
@@ -115,13 +116,13 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
     return step
 
 
-def our_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]]) -> Callable[[Tensor, Tensor], None]:
+def our_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]) -> Callable:
     config = TrainConfig(precision=spec.precision)
     learners = [Learner(name, network, method, config, DEVICE) for name, (network, method) in students.items()]
     group = GroupStep(teacher if any(method.transfers for _, method in students.values()) else None, learners, DEVICE, spec.precision,
                       Mode(*spec.engine))
     group.begin_epoch(0.0)
-    return lambda images, labels: group(images, labels, 0.01)
+    return lambda: group(*next(batches), 0.01)
 
 
 def main(spec: Step) -> None:
@@ -134,16 +135,17 @@ def main(spec: Step) -> None:
     for name in spec.methods:
         student = WideResNet(*spec.student)
         students[name] = student.to(DEVICE), build(name, TrainConfig(method=(name,)), student, teacher).to(DEVICE)
-    step = (plain_step if spec.engine is None else our_step)(spec, teacher, students)
     batches = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)(spec, arrays)
-    step(*next(batches))  # compiles and captures
+    step = (plain_step if spec.engine is None else our_step)(spec, teacher, students, batches)
+    step()  # compiles and captures
     synchronize()
     print("ready", flush=True)
     for line in sys.stdin:
+        step()  # what the others left in the caches is gone
         synchronize()
         started = time.perf_counter()
         for _ in range(int(line)):
-            step(*next(batches))
+            step()
         synchronize()
         print(time.perf_counter() - started, flush=True)
 

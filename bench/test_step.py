@@ -4,8 +4,8 @@
     python bench/plot_step.py FILE.jsonl PICTURE.png     the rows of the scale
 
 DIR holds cifar-10-batches-py. The plain step is what common distillation code does: fp32, NCHW, eager, torchvision's DataLoader with two
-workers (on a GPU one batch that lies there), a teacher forward for every method that has a teacher, the formulas in plain PyTorch,
-loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that a busy minute slows them all.
+workers (on a GPU one batch that lies there), a batch and, if it has a teacher, a teacher forward for every method, the formulas in plain
+PyTorch, loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that a busy minute slows them all.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def compare(pytestconfig, record):
     if not pytestconfig.option.data:
         pytest.skip("no CIFAR-10: give the folder of cifar-10-batches-py as --data")
     quick = pytestconfig.option.quick
-    steps, rounds = (1, 1) if quick else (200, 9) if ON_GPU else (2, 7)
+    steps, rounds = (1, 1) if quick else (200, 9) if ON_GPU else (3, 5)
 
     def measure(subject: str, specs: dict[str, Step], **more) -> dict[str, float]:
         times: dict[str, list[float]] = {side: [] for side in specs}
@@ -74,6 +75,7 @@ def compare(pytestconfig, record):
                 sides[name] = stack.enter_context(Side(dataclasses.replace(spec, data=str(pytestconfig.option.data))))
             for number in range(rounds + 1):
                 for name, side in sides.items():
+                    time.sleep(0.3)  # what the last one prefetches shall not disturb this one
                     microseconds = side.microseconds(steps)
                     if number:  # the first round warms up
                         times[name].append(microseconds)

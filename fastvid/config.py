@@ -137,7 +137,7 @@ class TrainConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
     """what executes the batch plan, to the same batches; auto: dali where it is installed"""
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """how a step executes, to the same training up to rounding; auto: graph on a GPU, eager on a CPU and under torchrun"""
+    """how a step executes, to the same training up to rounding; auto: graph on a GPU; on a CPU compile for long runs, else eager"""
     profile: bool = False
     """before training, profile a few steps: OUT/profile.txt names the largest cost, OUT/profile.json is the trace"""
     checkpoint_minutes: float = 5.0

@@ -10,6 +10,8 @@ change is put back. Their seconds are counted apart.
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,6 +30,7 @@ from fastvid.learner import Learner
 from fastvid.loader import EvalLoader
 from fastvid.wresnet import Activations, WideResNet, frozen
 
+LONG = 5000
 WARM_UP = 3  # steps before a capture: libraries choose algorithms, load kernels and take workspaces in the first ones
 
 
@@ -41,14 +44,19 @@ class Mode(NamedTuple):
 ENGINES = {"eager": Mode(False, False), "compile": Mode(True, False), "graph": Mode(True, True)}
 
 
-def choose_engine(name: str, device: torch.device, ranks: Ranks = ALONE) -> str:
-    """The engine of this --engine. auto: graph on a GPU of its own, else eager. Raises InputError where it cannot run.
+def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = ALONE) -> str:
+    """The engine of this --engine for a training of so many steps. Raises InputError where it cannot run.
 
-    On a CPU oneDNN's convolutions are nearly the whole step, and torch.compile leaves them as they are: eager is as fast, and starts at
-    once. Several ranks train eagerly: a captured step cannot wait for the others.
+    auto: graph on a GPU. On a CPU compile for at least LONG steps, where a C++ compiler is: oneDNN's convolutions are most of a step and
+    stay as they are, so it takes thousands of steps to win back the minute or two of a first compilation. Several ranks: eager, for a
+    captured step cannot wait for others, and compiling has not been measured there.
     """
     if name == "auto":
-        return "graph" if device.type == "cuda" and ranks.world_size == 1 and find_spec("triton") else "eager"
+        if ranks.world_size > 1:
+            return "eager"
+        if device.type == "cuda":
+            return "graph" if find_spec("triton") else "eager"
+        return "compile" if steps >= LONG and shutil.which(os.environ.get("CXX", "g++")) else "eager"
     if name == "graph" and device.type != "cuda":
         raise InputError(f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto")
     if name == "graph" and ranks.world_size > 1:

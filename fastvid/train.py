@@ -60,9 +60,9 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
     """As train, in an output folder that the caller holds, by these ranks."""
     config, out = request.resolved(), Path(request.out)
     device = choose_device(ranks.device(config.device))
-    engine = choose_engine(config.engine, device, ranks)
-    tune(device, ranks.local_world_size)
     data = load_data(config)
+    engine = choose_engine(config.engine, device, config.epochs * -(-len(data.train) // config.batch_size), ranks)
+    tune(device, ranks.local_world_size)
     teacher, teacher_sha256 = load_teacher(config, data.train)
 
     found, notes = results.read(out)

@@ -65,7 +65,7 @@ class WideResNet(nn.Module):
         group2, group1_activated = self.block2(group1)
         group3, group2_activated = self.block3(group2)
         group3_activated = F.relu(self.bn1(group3), inplace=True)
-        logits = self.fc(group3_activated.mean(dim=(2, 3)))
+        logits = self.fc(F.avg_pool2d(group3_activated, group3_activated.shape[-2:]).flatten(1))  # not mean(): its gradient is NCHW
         return Activations(
             (stem, group1, group2, group3), (stem_activated, group1_activated, group2_activated, group3_activated), logits)
 

@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fastvid.datasets import Arrays
 from fastvid.decode import dali_is_installed
 from fastvid.device import DTYPES, choose_device
 from fastvid.distributed import Ranks
-from fastvid.engine import GroupStep, Mode, choose_engine, evaluate
+from fastvid.engine import LONG, GroupStep, Mode, choose_engine, evaluate
 from fastvid.errors import InputError
 from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, train_loader
@@ -255,19 +256,25 @@ def test_a_rehearsal_leaves_no_trace_in_networks_regressors_momenta_sums_and_sca
     assert torch.equal(after["loss_sums"], before["loss_sums"]) and after["scaler"] == before["scaler"]
 
 
-@pytest.mark.parametrize("name, device, expected", [
-    ("auto", "cpu", "eager"), ("eager", "cpu", "eager"), ("compile", "cpu", "compile"),
-    ("auto", "cuda", "graph"), ("eager", "cuda", "eager"), ("graph", "cuda", "graph")])
-def test_auto_takes_graphs_on_a_gpu_and_no_compilation_on_a_cpu(name, device, expected):
-    assert choose_engine(name, torch.device(device)) == expected
+@pytest.mark.parametrize("name, device, steps, expected", [
+    ("auto", "cpu", LONG - 1, "eager"), ("auto", "cpu", LONG, "compile"), ("eager", "cpu", LONG, "eager"), ("compile", "cpu", 1, "compile"),
+    ("auto", "cuda", 1, "graph"), ("eager", "cuda", 1, "eager"), ("graph", "cuda", 1, "graph")])
+def test_auto_takes_graphs_on_a_gpu_and_compiles_long_runs_on_a_cpu(name, device, steps, expected, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    assert choose_engine(name, torch.device(device), steps) == expected
+
+
+def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert choose_engine("auto", CPU, LONG) == "eager"
 
 
 def test_a_graph_without_a_gpu_or_among_ranks_is_refused_with_the_remedy():
     with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take --engine auto"):
-        choose_engine("graph", CPU)
+        choose_engine("graph", CPU, 1)
     with pytest.raises(InputError, match="--engine graph is for one process, and torchrun has started several: take --engine auto"):
-        choose_engine("graph", torch.device("cuda"), Ranks(world_size=2))
-    assert choose_engine("auto", torch.device("cuda"), Ranks(world_size=2)) == "eager"
+        choose_engine("graph", torch.device("cuda"), 1, Ranks(world_size=2))
+    assert {choose_engine("auto", torch.device(device), LONG, Ranks(world_size=2)) for device in ("cpu", "cuda")} == {"eager"}
 
 
 def test_a_step_on_a_cpu_uses_the_learning_rate_that_it_is_given_each_time():
