@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastvid: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one process of torchrun speaks for all
+            print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

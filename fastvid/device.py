@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -56,18 +57,18 @@ def tune(device: torch.device, processes: int = 1) -> None:
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most that an older glibc takes
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Bytes: of tensors on a GPU since reset_peak_memory, warm-up included; of the whole process on a CPU. None where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
+    try:  # not getrusage, whose peak may be that of the process that started this one
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(fields["VmHWM"].split()[0])
+    except (OSError, KeyError):
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -4,6 +4,7 @@ They talk through gloo, on the host; gradients on GPUs travel through NCCL.
 """
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ def join() -> Ranks:
     if world_size == 1 or not dist.is_torchelastic_launched():
         return ALONE
     dist.init_process_group("gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)  # or gloo's threads may abort a process that ends
     local_rank = int(os.environ["LOCAL_RANK"])
     group = None
     if torch.cuda.is_available():

@@ -14,5 +14,6 @@ class RankLost(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the machine, of a GPU (torch.OutOfMemoryError), or of torch's allocator on the CPU, which has no class of its own."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    """Of the machine, of a GPU (torch.OutOfMemoryError), or on a CPU of torch's allocator or oneDNN, which have no classes of their own."""
+    spoken = any(text in str(error) for text in ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory"))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or spoken

@@ -24,7 +24,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     Writes FOLDER/profile.json, a trace for chrome://tracing or Perfetto, and FOLDER/profile.txt: time per part of a step and per operator,
     which on a GPU is a kernel. A part holds what the host does for it; on a GPU, where the host runs ahead, parts are left out.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler tells that it starts, stops, and finds no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells that it starts, stops, and finds no GPU
     on_gpu = step.device.type == "cuda"
     batches = (batch for number in range(epoch, epoch + 10**6) for batch in loader.epoch(number)
                if len(batch.labels) == loader.plan.size(0))  # a short one would be compiled or captured here
@@ -36,17 +36,18 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     averages = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [event for event in averages if event.device_type == kind]
-    names = re.compile(f"({'|'.join(re.escape(who) for who in ('loader', 'teacher', *(one.name for one in step.learners)))}): ")
-    parts = [(event.key, event.cpu_time_total) for event in events if names.match(event.key)]
+    of_a_part = re.compile(f"({'|'.join(re.escape(who) for who in ('loader', 'teacher', *(one.name for one in step.learners)))}): ")
+    parts = [(event.key, event.cpu_time_total) for event in events if of_a_part.match(event.key)]
     costs = [(event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count) for event in events
-             if not names.match(event.key)]
+             if not of_a_part.match(event.key)]
     costs = sorted((cost for cost in costs if cost[1]), key=lambda cost: -cost[1])
     if not costs:
         return "the profiler saw nothing: this process may not read the GPU's counters"
-    total = sum(time for _, time, _ in costs)
+    total = sum(time for _, time, _ in costs) if on_gpu else sum(time for _, time in parts)
     what, noun = ("kernel", "kernels") if on_gpu else ("operator", "operators")
-    lines = [f"{', '.join(learner.name for learner in step.learners)} on {step.device}, {step.precision}: a step is "
-             f"{sum(count for *_, count in costs) / STEPS:.0f} {noun}, {total / STEPS / 1000:.2f} ms together (mean of {STEPS} steps)", ""]
+    names = ", ".join(learner.name for learner in step.learners)
+    lines = [f"{names} on {step.device}, {step.precision}: {total / STEPS / 1000:.2f} ms and "
+             f"{sum(count for *_, count in costs) / STEPS:.0f} {noun} per step (mean of {STEPS} steps)", ""]
     if not on_gpu:
         lines += _table("part", [(name, time, STEPS) for name, time in sorted(parts, key=lambda part: -part[1])], total) + [""]
     lines += _table(what, costs[:ROWS], total)

@@ -45,9 +45,7 @@ class Run:
         (self.method,) = config.method
         self.config, self.data, self.device, self.engine, self.ranks = config, data, device, engine, ranks
         self.teacher_sha256 = teacher_sha256 if config.needs_teacher else None
-        self.name = f"{self.method}-{config.per_class or 'full'}-seed{config.seed}"
-        self.folder = Path(config.out)
-        self.resume_path = self.folder / f"{self.name}.resume"
+        self.folder, self.resume_path = Path(config.out), resume_file(config)
         self.learner = self._new_learner(teacher)
         self.position, self.history = 0, []
         self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
@@ -117,7 +115,7 @@ class Run:
         config, data, learner, last = self.config, self.data, self.learner, self.history[-1]
         tensors = dict(learner.network.state_dict())
         tensors |= {checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()}
-        weights = self.folder / f"{self.name}.safetensors"
+        weights = self.resume_path.with_suffix(".safetensors")
         weights_sha256 = checkpoint.save_weights(weights, tensors, {
             "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
             "normalisation": {"mean": data.train.mean, "std": data.train.std}, "classes": data.train.class_names,
@@ -136,6 +134,12 @@ class Run:
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
+
+
+def resume_file(config: TrainConfig) -> Path:
+    """Of the run of one method; its final weights lie beside it, as .safetensors."""
+    (method,) = config.method
+    return Path(config.out) / f"{method}-{config.per_class or 'full'}-seed{config.seed}.resume"
 
 
 def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:

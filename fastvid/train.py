@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from fastvid.plan import BatchPlan
 from fastvid.profiling import profile
 from fastvid.progress import Progress, say
 from fastvid.results import RunResult
-from fastvid.run import Run, find_finished
+from fastvid.run import Run, find_finished, resume_file
 from fastvid.wresnet import WideResNet
 
 __all__ = ["TrainConfig", "train"]
@@ -72,6 +72,8 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
     for name in config.method:
         if name in finished:
             say(f"{summary(finished[name])}; finished before")
+            if ranks.first:
+                resume_file(dataclasses.replace(config, method=(name,))).unlink(missing_ok=True)  # of a start that ended just before this
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
     runs = [Run(one, data, teacher, teacher_sha256, device, engine, ranks) for one in waiting]
@@ -98,7 +100,6 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
     loader = train_loader(data.train, plan, backend=config.loader, device=device)
     test = EvalLoader(data.evaluation, EVAL_BATCH, device=device)
     reset_peak_memory(device)
-    step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks)
 
     steps = config.epochs * plan.steps_per_epoch
     first_epoch, first_step = divmod(group[0].position, plan.steps_per_epoch)
@@ -106,12 +107,14 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
     say(f"{title}: batches by {describe(config.loader)}, engine {engine}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
-    with stop_on_signal(ranks) as stop, closing(Progress(title, config.epochs * len(data.train), images_done)) as bar, \
-            naming_what_does_not_fit(group, config, device), distributed.noticing_loss(ranks):
+    with stop_on_signal(ranks) as stop, naming_what_does_not_fit(group, config, device), distributed.noticing_loss(ranks), \
+            ExitStack() as stack:
+        step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks)
         if config.profile and first_epoch < config.epochs:
             say(profile(step, loader, first_epoch, Path(config.out) if ranks.first else None))
             for run in group:
                 run.preparation_seconds += step.preparation_seconds
+        bar = stack.enter_context(closing(Progress(title, config.epochs * len(data.train), images_done)))
         last_save = time.monotonic()
         for epoch in range(first_epoch, config.epochs):
             started, prepared = time.perf_counter(), step.preparation_seconds

@@ -96,12 +96,13 @@ print(json.dumps({"faults": taken_anew, "peak": before, "grown": peak_memory(dev
 @pytest.fixture(scope="module")
 def maps():
     """By "tuned" and "plain": page faults of four maps of 64 MiB, made and dropped one after the other, then the peak of memory with
-    256 MiB held, and by how much it grew with as much again."""
-    measured = {}
+    256 MiB held, and by how much it grew with as much again. The process that starts them is larger than they are."""
+    measured, ballast = {}, torch.ones(1280 * MIB, dtype=torch.uint8)
     for name in ("tuned", "plain"):
         ran = subprocess.run([sys.executable, "-c", MAPS, name], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         measured[name] = json.loads(ran.stdout)
+    del ballast
     return measured
 
 
@@ -112,7 +113,7 @@ def test_memory_of_a_dropped_map_is_kept_for_the_next_one(maps):
     assert maps["tuned"]["faults"] < maps["plain"]["faults"] / 10
 
 
-def test_the_peak_of_a_process_is_in_bytes_and_grows_by_what_it_takes(maps):
+def test_the_peak_of_a_process_is_its_own_in_bytes_and_grows_by_what_it_takes(maps):
     for one in maps.values():
         assert 256 * MIB < one["peak"] < 4096 * MIB, "torch and one tensor"
         assert 0.75 < one["grown"] / (256 * MIB) < 1.05, "less where the system took back what lay idle"
