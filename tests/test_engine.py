@@ -210,34 +210,36 @@ def trained(engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8)
 
 @pytest.fixture
 def exact(monkeypatch):
-    """As trained, in float64 throughout, eagerly."""
-    def train(device, **settings):
+    """As trained, in float64; only cross entropy is in fp32."""
+    def train(device, engine="eager", **settings):
         with monkeypatch.context() as patch:
             patch.setitem(DTYPES, "fp32", torch.float64)
-            return trained("eager", "fp32", device, dtype=torch.float64, **settings)[0]
+            return trained(engine, "fp32", device, dtype=torch.float64, **settings)
 
     return train
 
 
 def close_enough(moves, eager, exact):
-    """Whether each training is as near to the one in float64 as the eager one is, up to a factor.
+    """Whether a training is as near to the one in float64 as the eager one is, up to a factor, all students together.
 
-    Fused code rounds elsewhere, not worse. But it is another draw of the same rounding errors, and five steps of training stretch them:
-    3 is more than the two differ in over seeds, and far less than any wrong gradient makes.
+    Fused code rounds elsewhere, not worse. But it is another draw of the same rounding errors, and where one flips the sign of an input of
+    a ReLU its effect jumps: hence all students together, and a factor of 3. A wrong gradient makes a distance of the order of 1.
     """
-    return all((one - true).norm() <= 3 * (other - true).norm() for one, other, true in zip(moves, eager, exact))
+    moved, other, true = map(torch.cat, (moves, eager, exact))
+    return (moved - true).norm() <= 3 * (other - true).norm() < 0.5 * true.norm()
 
 
 def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_trace(exact):
     settings = {"methods": ("vid",), "sizes": (8, 4, 8)}
-    eager, _ = trained("eager", "fp32", "cpu", **settings)
-    compiled, step = trained("compile", "fp32", "cpu", **settings)
-    assert close_enough(compiled, eager, exact("cpu", **settings))
+    (eager,), _ = exact("cpu", **settings)
+    (compiled,), step = exact("cpu", "compile", **settings)
+    # What differs is fp32 in cross entropy, 2^-24, and five sums over the images: with a margin of ten, and far from any flipped ReLU.
+    assert (compiled - eager).norm() < 1e-5 * eager.norm()
     assert step.preparation_seconds > 0
     losses = step.learners[0].losses(20)
     before, spent = step.learners[0].state(), step.preparation_seconds
-    again, other = trained("compile", "fp32", "cpu", **settings)  # a second group is not compiled anew
-    assert torch.equal(*compiled, *again) and other.learners[0].losses(20) == losses
+    (again,), other = exact("cpu", "compile", **settings)  # a second group is not compiled anew
+    assert torch.equal(compiled, again) and other.learners[0].losses(20) == losses
     assert other.preparation_seconds < spent / 2 and before.keys() == other.learners[0].state().keys()
 
 
@@ -293,7 +295,7 @@ def test_a_step_on_a_cpu_uses_the_learning_rate_that_it_is_given_each_time():
 def test_every_engine_gives_the_same_training_within_bounds_on_a_gpu(engine, precision, gpu, exact):
     eager, _ = trained("eager", precision, gpu)
     other, step = trained(engine, precision, gpu)
-    assert close_enough(other, eager, exact("cpu"))
+    assert close_enough(other, eager, exact("cpu")[0])
     if step.mode.captured:
         assert len(step._prepared) == 2, "one graph for full batches and one for short ones"
 
@@ -311,7 +313,7 @@ def test_the_phases_of_a_two_stage_hint_have_graphs_of_their_own(gpu, exact):
     settings = {"methods": ("fitnet",), "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.4)}
     eager, _ = trained("eager", "fp32", gpu, **settings)
     captured, step = trained("graph", "fp32", gpu, **settings)
-    assert close_enough(captured, eager, exact("cpu", **settings)) and len(step._prepared) == 3  # the hint: 16; then 8 and 16
+    assert close_enough(captured, eager, exact("cpu", **settings)[0]) and len(step._prepared) == 3  # the hint: 16; then 8 and 16
 
 
 @pytest.mark.gpu
