@@ -3,7 +3,8 @@
 #
 #   bench/gpu.sh STAGE DATA OUT      STAGE: tests, sanitizer, losses, loader, vid, five, together, scale, profile, table
 #
-# DATA holds cifar-10-batches-py; everything is written into OUT. `table` trains the teacher and all methods on all fractions with one
+# DATA holds cifar-10-batches-py; everything is written into OUT. TEACHER=FILE: weights of a WRN-40-2, for profile. PYTHON=... and
+# COMMIT=... where python3 is another one and git is not there. `table` trains the teacher and all methods on all fractions with one
 # seed; it stops after nine and a half minutes and goes on in the next call with the same OUT.
 set -euo pipefail
 stage=$1 data=$(realpath "$2")

@@ -43,7 +43,7 @@ class Step:
     channels_last: bool = False
     precision: str = "fp32"
     shared_teacher: bool = False
-    """one batch and one teacher forward for all methods; else each has a batch of its own, and a teacher forward if it needs a teacher"""
+    """one batch and one teacher forward for all methods; else each takes a batch of its own, and a teacher forward if it needs a teacher"""
     frozen_teacher: bool = False
     """batch norms folded, weights once in the compute type"""
     fused_losses: bool = False

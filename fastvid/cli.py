@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reproduce = commands.add_parser("reproduce", help="train the grid methods x fractions x seeds, then report")
     _add_options(reproduce, Grid)
-    _add_options(reproduce, TrainConfig, leave_out=("method", "per_class", "seed"))
+    _add_options(reproduce, TrainConfig, leave_out=("method", "per_class", "seed", "profile"))
     reproduce.set_defaults(run=_reproduce, parser=reproduce)
 
     report = commands.add_parser("report", help="render table.md, table.csv and plots from the results in a folder")

@@ -137,11 +137,11 @@ class TrainConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
     """what executes the batch plan, to the same batches; auto: dali where it is installed"""
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """how a step executes, to the same training up to rounding; auto: graph on a GPU; on a CPU compile for long runs, else eager"""
+    """how a step executes, up to rounding the same; auto: graph on a GPU, compile for long runs on a CPU, else (and for torchrun) eager"""
     profile: bool = False
     """before training, profile a few steps: OUT/profile.txt names the largest cost, OUT/profile.json is the trace"""
     checkpoint_minutes: float = 5.0
-    """save the resume state this often"""
+    """at the end of an epoch, save the resume state if it is this old"""
     out: str = "runs"
     """folder for results, weights and resume state"""
     kd: KDOptions = field(default_factory=KDOptions)

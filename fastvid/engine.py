@@ -30,7 +30,7 @@ from fastvid.learner import Learner
 from fastvid.loader import EvalLoader
 from fastvid.wresnet import Activations, WideResNet, frozen
 
-LONG = 5000
+LONG = 5000  # steps
 WARM_UP = 3  # steps before a capture: libraries choose algorithms, load kernels and take workspaces in the first ones
 
 
@@ -59,8 +59,8 @@ def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = AL
         return "compile" if steps >= LONG and shutil.which(os.environ.get("CXX", "g++")) else "eager"
     if name == "graph" and device.type != "cuda":
         raise InputError(f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto")
-    if name == "graph" and ranks.world_size > 1:
-        raise InputError("--engine graph is for one process, and torchrun has started several: take --engine auto")
+    if name != "eager" and ranks.world_size > 1:
+        raise InputError(f"--engine {name} is for one process, and torchrun has started several: take --engine auto")
     if name != "eager" and device.type == "cuda" and not find_spec("triton"):
         raise InputError(f"--engine {name} needs Triton on a GPU: pip install triton, or take --engine eager")
     return name
@@ -85,7 +85,7 @@ class GroupStep:
         if self.mode.captured:
             self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of full and of short batches never run at once
         if self.mode.compiled:
-            dynamo = torch._dynamo.config  # its limit counts the variants of all learners together, and what lies beyond runs uncompiled
+            dynamo = torch._dynamo.config  # its limit counts the variants of all learners together, and what lies beyond is an error
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._teacher = self._teacher and torch.compile(self._teacher, fullgraph=True, dynamic=False)
             for learner in learners:
@@ -140,7 +140,7 @@ class GroupStep:
         def run(images: Tensor, labels: Tensor) -> None:
             self._run(images, labels, weight)
 
-        with self.rehearsal():
+        with self.rehearsal(), _naming_failed_compilation():
             if self.mode.captured:
                 return _Captured(run, images, labels, device=self.device, pool=self._pool, warm_up=WARM_UP)
             run(images, labels)
@@ -205,6 +205,15 @@ class _Captured:
         for mine, given in zip(self._inputs, inputs):
             mine.copy_(given)
         self._graph.replay()
+
+
+@contextmanager
+def _naming_failed_compilation() -> Iterator[None]:
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"torch.compile failed ({reason}): take --engine eager, or see whether the compiler works") from error
 
 
 @cache

@@ -78,12 +78,14 @@ class Run:
     def save(self, position: int) -> None:
         """Write the resume state after `position` steps; the first rank does it for all."""
         self.position = position
+        loss_sums = self.ranks.sum(self.learner.loss_sums)
         if not self.ranks.first:
             return
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
             "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
-            "ranks": self.ranks.world_size, "position": position, "history": history, "learner": self.learner.state(),
+            "ranks": self.ranks.world_size, "position": position, "history": history,
+            "learner": {**self.learner.state(), "loss_sums": loss_sums},
             **{name: getattr(self, name) for name in _CLOCKS}})
 
     def _load(self) -> None:
@@ -98,6 +100,8 @@ class Run:
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
             _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
             self.learner.load_state(state["learner"])
+            if not self.ranks.first:  # the sums are those of all ranks
+                self.learner.loss_sums.zero_()
             self.position = int(state["position"])
             for name in _CLOCKS:
                 setattr(self, name, float(state[name]))

@@ -243,6 +243,14 @@ def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_t
     assert other.preparation_seconds < spent / 2 and before.keys() == other.learners[0].state().keys()
 
 
+def test_a_compilation_that_fails_ends_in_one_line_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._dynamo.reset()
+    with pytest.raises(InputError, match=r"torch.compile failed \(.+\): take --engine eager") as caught:
+        trained("compile", "fp32", "cpu", methods=("student",), sizes=(3,))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_rehearsal_leaves_no_trace_in_networks_regressors_momenta_sums_and_scaler():
     _, step = trained("eager", "fp16", "cpu", methods=("vid",), sizes=(4,))
     (one,) = step.learners
@@ -274,8 +282,9 @@ def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
 def test_a_graph_without_a_gpu_or_among_ranks_is_refused_with_the_remedy():
     with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take --engine auto"):
         choose_engine("graph", CPU, 1)
-    with pytest.raises(InputError, match="--engine graph is for one process, and torchrun has started several: take --engine auto"):
-        choose_engine("graph", torch.device("cuda"), 1, Ranks(world_size=2))
+    for name in ("graph", "compile"):
+        with pytest.raises(InputError, match=f"--engine {name} is for one process, and torchrun has started several: take --engine auto"):
+            choose_engine(name, torch.device("cuda"), 1, Ranks(world_size=2))
     assert {choose_engine("auto", torch.device(device), LONG, Ranks(world_size=2)) for device in ("cpu", "cuda")} == {"eager"}
 
 
