@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastvid: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":  # one process of torchrun speaks for all
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":  # one process of torchrun speaks for all
             print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
