@@ -391,7 +391,8 @@ def flat_fields(options, prefix=""):
 
 
 @pytest.mark.parametrize("command, options, left_out", [
-    ("train", TrainConfig, set()), ("reproduce", Grid, set()), ("reproduce", TrainConfig, {"--method", "--per-class", "--seed", "--profile"})])
+    ("train", TrainConfig, set()), ("reproduce", Grid, set()),
+    ("reproduce", TrainConfig, {"--method", "--per-class", "--seed", "--profile"})])
 def test_help_shows_every_setting_with_its_meaning_and_default(command, options, left_out, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
