@@ -52,7 +52,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
         lines += _table("part", [(name, time, STEPS) for name, time in sorted(parts, key=lambda part: -part[1])], total) + [""]
     lines += _table(what, costs[:ROWS], total)
     name, time, count = costs[0]
-    largest = f"largest cost of a step: {name}, {time / total:.0%} of {total / STEPS / 1000:.2f} ms in {count / STEPS:.0f} {noun}"
+    largest = f"largest cost of a step: {name}, {time / total:.0%} of {total / STEPS / 1000:.2f} ms in {count / STEPS:.0f} calls"
     if folder:
         profiler.export_chrome_trace(str(folder / "profile.json"))
         (folder / "profile.txt").write_text("\n".join([*lines, "", largest]) + "\n")

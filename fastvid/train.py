@@ -61,7 +61,8 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
     config, out = request.resolved(), Path(request.out)
     device = choose_device(ranks.device(config.device))
     data = load_data(config)
-    engine = choose_engine(config.engine, device, config.epochs * -(-len(data.train) // config.batch_size), ranks)
+    steps = config.epochs * BatchPlan(len(data.train), config.batch_size, seed=config.seed).steps_per_epoch
+    engine = choose_engine(config.engine, device, steps, ranks)
     tune(device, ranks.local_world_size)
     teacher, teacher_sha256 = load_teacher(config, data.train)
 

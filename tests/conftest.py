@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from fastvid import datasets
+from fastvid import checkpoint, datasets
+from fastvid.wresnet import WideResNet
 
 interpreter.mend()
 functorch_config.enable_autograd_cache = False  # it finds a compiled backward by the operators' names: also that of older code
@@ -52,6 +53,15 @@ def teacher_file():
     if not path.is_file():
         pytest.skip("the trained teacher is not here: ../shared/teacher/wrn40_2_cifar10.safetensors is missing")
     return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """Path of an untrained WRN-10-2, for tests that have no teacher of their own."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    torch.manual_seed(1)
+    checkpoint.save_weights(path, WideResNet(10, 2).state_dict(), {})
+    return str(path)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

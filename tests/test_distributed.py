@@ -108,14 +108,6 @@ def weights(found):
     return {(run.method, run.per_class, run.seed): run.weights_sha256 for run in found}
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    torch.manual_seed(1)
-    checkpoint.save_weights(path, WideResNet(10, 2).state_dict(), {})
-    return str(path)
-
-
 # --- a step: two ranks beside one, in float64
 
 METHODS = {
