@@ -243,10 +243,10 @@ def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_t
     assert other.preparation_seconds < spent / 2 and before.keys() == other.learners[0].state().keys()
 
 
-def test_a_compilation_that_fails_ends_in_one_line_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_a_compilation_that_fails_ends_in_one_line_with_the_remedy():
     torch._dynamo.reset()
-    with pytest.raises(InputError, match=r"torch.compile failed \(.+\): take --engine eager") as caught:
+    broken = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with broken, pytest.raises(InputError, match=r"torch.compile failed \(.+\): take --engine eager") as caught:
         trained("compile", "fp32", "cpu", methods=("student",), sizes=(3,))
     assert "\n" not in str(caught.value)
 
