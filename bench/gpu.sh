@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in stages of under ten minutes each:
 #
-#   bench/gpu.sh STAGE DATA OUT      STAGE: tests, sanitizer, losses, loader, vid, five, together, scale, profile, table
+#   bench/gpu.sh STAGE DATA OUT      STAGE: tests, sanitizer, losses, loader, vid, five, together, batch, students, width, profile,
+#                                    table
 #
 # DATA holds cifar-10-batches-py; everything is written into OUT. TEACHER=FILE: weights of a WRN-40-2, for profile. PYTHON=... and
 # COMMIT=... where python3 is another one and git is not there. `table` trains the teacher and all methods on all fractions with one
@@ -10,6 +11,7 @@ set -euo pipefail
 stage=$1 data=$(realpath "$2")
 mkdir -p "$3"
 out=$(realpath "$3")
+[ -z "${TEACHER:-}" ] || TEACHER=$(realpath "$TEACHER")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 commit=${COMMIT:-$(git describe --always --dirty --abbrev=12 --match= 2>/dev/null || echo unknown)}
@@ -22,12 +24,13 @@ case $stage in
     sanitizer) timeout 580 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m pytest -q -m gpu tests/test_kernels_triton.py \
                    2>&1 | tee "$out/sanitizer.txt" ;;
     losses | loader) bench "$stage" ;;
-    vid | five | together | scale) bench step -k "${stage/scale/cost}" ;;
+    vid | five | together) bench step -k "$stage" ;;
+    batch | students | width) bench step -k "cost and $stage" ;;
     profile)   for engine in eager graph; do
                    "$python" -m fastvid train --method vid --data "$data" --teacher "${TEACHER:?weights of a WRN-40-2}" --per-class 100 \
                        --epochs 2 --engine $engine --profile --out "$out/profile-$engine"
                done ;;
-    table)     timeout --signal=TERM 570 "$python" -m fastvid reproduce --data "$data" --methods student,kd,fitnet,at,vid --seeds 1 \
+    table)     timeout --foreground --signal=TERM 570 "$python" -m fastvid reproduce --data "$data" --methods student,kd,fitnet,at,vid --seeds 1 \
                    --out "$out/table" 2>&1 | tee -a "$out/table.txt" ;;
     *)         echo "unknown stage $stage" >&2; exit 2 ;;
 esac

@@ -8,9 +8,11 @@ import pickle
 import warnings
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as safetensors_from
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -22,17 +24,31 @@ METADATA_KEY = "fastvid"  # of the one entry of safetensors metadata that is our
 METHOD_PREFIX = "method."  # regressors and variances lie beside the network's own keys under this name
 
 
+class Weights(NamedTuple):
+    """The content of a file of weights."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict
+    """what save_weights was given, and its checksums; {} in files of other programs"""
+    sha256: str
+    """of the file"""
+    verified: bool
+    """whether the file carries our checksums, and they match"""
+    path: Path
+
+
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> str:
-    """Write a .safetensors file that carries `metadata` and the checksum of its tensors. Returns the SHA-256 of the file, in hex."""
+    """Write a .safetensors file with `metadata`, checksums of both inside. Returns the SHA-256 of the file, in hex."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({**metadata, "tensors_sha256": _checksum(tensors)}, sort_keys=True)
+    metadata = {**metadata, "tensors_sha256": _checksum(tensors)}
+    text = json.dumps({**metadata, "metadata_sha256": _checksum_of(metadata)}, sort_keys=True)
     content = safetensors_bytes(tensors, {METADATA_KEY: text})  # one entry: safetensors writes several in any order
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """(state dict, metadata that save_weights wrote) of a .safetensors file, or of a .pth or .pt with a state dict.
+def load_weights(path: str | Path) -> Weights:
+    """The weights in a .safetensors file, or in a .pth or .pt with a state dict.
 
     A .pth or .pt holds the state dict alone or under "model" or "state_dict", and no metadata; nor do files of other programs.
     Raises InputError for a file that is missing, damaged or something else.
@@ -40,34 +56,38 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weights at {path}: check the path")
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            if not isinstance(metadata, dict):
-                raise ValueError(f"its metadata {METADATA_KEY!r} is no JSON object")
-        except (SafetensorError, OSError, ValueError) as error:
+            tensors, metadata = safetensors_from(content), _metadata(content)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
-        if metadata.get("tensors_sha256", _checksum(tensors)) != _checksum(tensors):
-            raise InputError(f"{path}: its tensors do not match the checksum in the file: it is damaged, copy it again")
-        return tensors, metadata
-    content = load_state(path)
+        checksums = metadata.pop("metadata_sha256", None), metadata.get("tensors_sha256")
+        if any(checksums) and checksums != (_checksum_of(metadata), _checksum(tensors)):
+            raise InputError(f"{path}: it does not match the checksums that it carries: it is damaged, copy it again")
+        return Weights(tensors, metadata, sha256, verified=any(checksums), path=path)
+    tensors = load_state(path, content)
     for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
         raise InputError(f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, {}
+    return Weights({name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}, sha256, verified=False, path=path)
 
 
 def load_network(path: str | Path, depth: int, width: int, num_classes: int) -> WideResNet:
-    """The WideResNet of these sizes with the weights of a file, in eval mode, frozen.
+    """The WideResNet of these sizes with the weights of a file. Raises InputError as load_weights and build_network do."""
+    return build_network(load_weights(path), depth, width, num_classes)
 
-    Raises InputError when the file holds another architecture, or keys are missing or left over: all are named.
+
+def build_network(weights: Weights, depth: int, width: int, num_classes: int) -> WideResNet:
+    """The WideResNet of these sizes with these weights, in eval mode, frozen.
+
+    Raises InputError when they are of another architecture, or keys are missing or left over: all are named.
     """
-    tensors, _ = load_weights(path)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(METHOD_PREFIX)}
+    path = weights.path
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(METHOD_PREFIX)}
     found = _architecture(tensors)
     if found and found != (depth, width, num_classes):
         raise InputError(f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for {num_classes} "
@@ -91,17 +111,22 @@ def save_state(path: Path, state: dict) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load_state(path: Path) -> dict:
-    """What save_state wrote, on the CPU. Raises InputError when the file is damaged or holds more than tensors and plain values."""
+def load_state(path: str | Path, content: bytes | None = None) -> dict:
+    """What save_state wrote, on the CPU. Raises InputError when the file is damaged or holds more than tensors and plain values.
+
+    content: of the file, where it was read before.
+    """
     try:
-        if zipfile.is_zipfile(path):  # else the format of torch < 1.6, which has no checksums
-            with zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        if zipfile.is_zipfile(file):  # else the format of torch < 1.6, which has no checksums
+            with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch.load itself does not look at the CRCs
             if damaged:
                 raise ValueError(f"its entry {damaged} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what follows says it in one line
-            return torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it anyway
@@ -116,6 +141,19 @@ def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
     if not blocks or first is None or head is None or first.dim() != 4 or head.dim() != 2:
         return None
     return 6 * len(blocks) + 4, first.shape[0] // 16, head.shape[0]
+
+
+def _metadata(content: bytes) -> dict:
+    """Ours in a safetensors file: {} where there is none. Raises ValueError when it is no JSON object."""
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata {METADATA_KEY!r} is no JSON object")
+    return metadata
+
+
+def _checksum_of(metadata: dict) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

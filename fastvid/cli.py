@@ -10,15 +10,18 @@ import sys
 import types
 from functools import cache, partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import fastvid
+from fastvid import results, signals
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.errors import InputError, Interrupted, RankLost, is_out_of_memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after an interruption."""
+    """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after SIGINT, 143 after SIGTERM."""
+    signals.raise_on_sigterm()
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?
@@ -43,18 +46,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastvid: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":  # one process of torchrun speaks for all
-            print(f"fastvid: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
+        interrupted = isinstance(error, Interrupted)
+        message = str(error) if interrupted else "interrupted: the same command starts again where it was"
+        if message:
+            print(f"{_who()}: {message}", file=sys.stderr)
+        return 128 + (error.number if interrupted else SIGTERM if isinstance(error, signals.Terminated) else SIGINT)
+
+
+def _who() -> str:
+    """This process; of those that torchrun has started, the first speaks for all unless it cannot."""
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    return "fastvid" if rank == "0" else f"fastvid, rank {rank}"
 
 
 def _refuse(message: str) -> int:
-    print(f"fastvid: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{_who()}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _train(args: argparse.Namespace) -> None:
     config = _from_args(TrainConfig, args)
+    _refuse_if_held(config)
     from fastvid.train import train
 
     train(config)
@@ -62,10 +74,18 @@ def _train(args: argparse.Namespace) -> None:
 
 def _reproduce(args: argparse.Namespace) -> None:
     grid, config = _from_args(Grid, args), _from_args(TrainConfig, args)
+    _refuse_if_held(config)
     from fastvid.reproduce import reproduce
 
     if reproduce(grid, config):
         _report(argparse.Namespace(folder=config.out))
+
+
+def _refuse_if_held(config: TrainConfig) -> None:
+    """Say so at once, before the seconds that importing torch takes."""
+    if _who() == "fastvid" and Path(config.out, results.LOCK).exists():
+        with results.exclusive(Path(config.out)):
+            pass
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ Imports neither torch nor NumPy, so that `fastvid --help` is instant.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +62,8 @@ class ATOptions:
     weight: float = 1000.0
     """weight of the summed attention-map losses of groups 1, 2, 3"""
 
+
+_INTERVAL = re.compile(r"(?P<minutes>\d+(\.\d+)?)min|(?P<epochs>[1-9]\d*)epochs?")
 
 VID_WEIGHTS = {  # λ, on the sum over taps of losses averaged over elements
     "paper": 10.0,  # our choice, the paper's is not known to us: in short CIFAR-10 runs 1 left the variances where they start, 30 diverged
@@ -140,8 +143,8 @@ class TrainConfig:
     """how a step executes, up to rounding the same; auto: graph on a GPU, compile for long runs on a CPU, else (and for torchrun) eager"""
     profile: bool = False
     """before training, profile a few steps: OUT/profile.txt names the largest cost, OUT/profile.json is the trace"""
-    checkpoint_minutes: float = 5.0
-    """at the end of an epoch, save the resume state if it is this old"""
+    checkpoint_every: str = "5min"
+    """save the resume state this often: minutes, such as 5min, or epochs, such as 10epochs"""
     out: str = "runs"
     """folder for results, weights and resume state"""
     kd: KDOptions = field(default_factory=KDOptions)
@@ -170,6 +173,19 @@ class TrainConfig:
         _require(self.kd.temperature > 0, "kd_temperature", self.kd.temperature, "more than 0")
         _require(self.kd.alpha <= 1, "kd_alpha", self.kd.alpha, "at most 1")
         _require(0 < self.fitnet.hint_share < 1, "fitnet_hint_share", self.fitnet.hint_share, "a share between 0 and 1")
+        _require(_INTERVAL.fullmatch(self.checkpoint_every), "checkpoint_every", self.checkpoint_every,
+                 "minutes or epochs, such as 5min or 10epochs")
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """The age at which a resume state is saved anew; infinite where epochs are counted."""
+        return float("inf") if self.checkpoint_epochs else 60 * float(_INTERVAL.fullmatch(self.checkpoint_every)["minutes"])
+
+    @property
+    def checkpoint_epochs(self) -> int | None:
+        """The same in epochs; None where time is."""
+        epochs = _INTERVAL.fullmatch(self.checkpoint_every)["epochs"]
+        return int(epochs) if epochs else None
 
     @property
     def needs_teacher(self) -> bool:
@@ -216,7 +232,7 @@ class Grid:
 OPTION_GROUPS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING)
 """The transfer terms, by name: each has its options in TrainConfig and its class in fastvid.methods.METHODS."""
 
-CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "engine", "profile", "checkpoint_minutes", "out")
+CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "engine", "profile", "checkpoint_every", "out")
 """Settings that say where and how a run is made, not what it is: they may differ between the runs of one table."""
 
 

@@ -108,6 +108,7 @@ class _Cifar:
     torchvision_class: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    sha256: dict[str, str]  # Arrays.sha256 of the official splits, against a cache that another made
 
 
 _CIFAR = {
@@ -124,6 +125,10 @@ _CIFAR = {
         meta=("batches.meta", "5ff9c542aee3614f3951f8cda6e48888"),
         label_key="labels", names_key="label_names", torchvision_class="CIFAR10",
         mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+        sha256={
+            "train": "4e0e3cd7a00e11f89d50f4f801478d968583edafad0bb60866ca2f92edda6513",
+            "test": "41fefef7239ccef033cb8bf648ca8987bfd3378fdb2512ecc0de86a23b039905",
+        },
     ),
     "cifar100": _Cifar(
         folder="cifar-100-python",
@@ -132,6 +137,7 @@ _CIFAR = {
         meta=("meta", "7973b15100ade9c7d40fb424638fde48"),
         label_key="fine_labels", names_key="fine_label_names", torchvision_class="CIFAR100",
         mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+        sha256={},
     ),
 }
 
@@ -169,26 +175,33 @@ def reflect_pad(images: np.ndarray, margin: int) -> np.ndarray:
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
 
 
-def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arrays]) -> Arrays:
-    """The split as it was made before, if `key` has not changed since; else made and kept."""
+def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arrays], sha256: str | None = None) -> Arrays:
+    """The split as it was made before, if `key` has not changed since; else made and kept. sha256: of the arrays, where it is known."""
     path = root / CACHE / f"{name}-{split}.safetensors"
-    found = cache.read(path, key)
-    if found is not None:
-        arrays, facts = found
-        with contextlib.suppress(KeyError, TypeError):
-            kept = Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
-            if kept.is_whole():
-                return kept
-    made = make()
-    cache.write(path, key, {"images": made.images, "labels": made.labels},
-                {"class_names": made.class_names, "mean": made.mean, "std": made.std})
-    return made
+    kept = _kept(path, key, sha256)
+    if kept is None:
+        with cache.making(path) as another_made_it:
+            kept = _kept(path, key, sha256) if another_made_it else None
+            if kept is None:
+                kept = make()
+                cache.write(path, key, {"images": kept.images, "labels": kept.labels},
+                            {"class_names": kept.class_names, "mean": kept.mean, "std": kept.std})
+    return kept
+
+
+def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
+    arrays, facts = cache.read(path, key) or ({}, {})
+    with contextlib.suppress(KeyError, TypeError):
+        kept = Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+        if kept.is_whole() and sha256 in (None, kept.sha256()):
+            return kept
+    return None
 
 
 def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
     spec = _CIFAR[name]
     md5s = (*getattr(spec, split).values(), spec.meta[1])
-    return _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download))
+    return _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256.get(split))
 
 
 def _read_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from fastvid import signals
 from fastvid.device import DTYPES, autocast, synchronize
 from fastvid.distributed import ALONE, Ranks
 from fastvid.errors import InputError
@@ -69,15 +70,16 @@ def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = AL
 class GroupStep:
     """One step of all students of a group, on the same batch and from the same teacher forward.
 
-    engine: a key of ENGINES, or a Mode.  preparation_seconds: spent on compiling, warming up and capturing so far.
+    engine: a key of ENGINES, or a Mode.  batch_size: of the batches that are worth a compilation, a minute each; none: all. The short last
+    one of an epoch is not.  preparation_seconds: spent on compiling, warming up and capturing so far.
     """
 
     def __init__(self, teacher: WideResNet | None, learners: list[Learner], device: torch.device, precision: str,
-                 engine: str | Mode = "eager", ranks: Ranks = ALONE):
-        self.learners, self.device, self.precision = learners, device, precision
+                 engine: str | Mode = "eager", ranks: Ranks = ALONE, batch_size: int | None = None):
+        self.learners, self.device, self.precision, self.batch_size = learners, device, precision, batch_size
         self.mode = ENGINES[engine] if isinstance(engine, str) else engine
         self.preparation_seconds = 0.0
-        self._teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
+        self._teacher = self._eager_teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
         self._learning_rate: float | None = None
         self._prepared: dict[tuple, Callable[[Tensor, Tensor], None]] = {}
         self._counts: dict[tuple[str, EvalLoader], Callable[[], Tensor]] = {}
@@ -121,19 +123,20 @@ class GroupStep:
         self._prepared[key](images, labels)
 
     def _run(self, images: Tensor, labels: Tensor, weight: float) -> None:
-        taught = self._teach(images)
+        compiled = self.mode.compiled and self.batch_size in (None, len(labels))
+        taught = self._teach(images, self._teacher if compiled else self._eager_teacher)
         for learner, stream in zip(self.learners, self._streams):
             with _beside(stream):
-                learner.step(images, taught, labels, weight)
+                learner.step(images, taught, labels, weight, eager=self.mode.compiled and not compiled)
         for stream in filter(None, self._streams):
             torch.cuda.current_stream().wait_stream(stream)
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> Activations | None:
-        if self._teacher is None:
+    def _teach(self, images: Tensor, teacher: WideResNet | None) -> Activations | None:
+        if teacher is None:
             return None
         with record_function("teacher: forward"):
-            return self._teacher(images.to(DTYPES[self.precision]))
+            return teacher(images.to(DTYPES[self.precision]))
 
     def _prepare(self, images: Tensor, labels: Tensor, weight: float) -> Callable[[Tensor, Tensor], None]:
         """What executes batches of this size from now on."""
@@ -143,7 +146,8 @@ class GroupStep:
         with self.rehearsal(), _naming_failed_compilation():
             if self.mode.captured:
                 return _Captured(run, images, labels, device=self.device, pool=self._pool, warm_up=WARM_UP)
-            run(images, labels)
+            with signals.leaving_at_once():
+                run(images, labels)
             return run
 
     @contextmanager
@@ -151,11 +155,18 @@ class GroupStep:
         """Steps inside leave no trace in the training: what they change is put back."""
         tensors = [tensor for learner in self.learners for tensor in learner.tensors()]
         before, scalers = [tensor.detach().clone() for tensor in tensors], [learner.scaler.state_dict() for learner in self.learners]
-        yield
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, before)
-        for learner, scaler in zip(self.learners, scalers):
-            learner.scaler.load_state_dict(scaler)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, before)
+            for learner, scaler in zip(self.learners, scalers):
+                learner.optimizer.zero_grad(set_to_none=True)
+                learner.scaler.load_state_dict(scaler)
+
+    def explain_failure(self, learner: Learner, images: Tensor, labels: Tensor) -> str | None:
+        """What is not finite when `learner`, which stands still since then, makes its first failed step again."""
+        return learner.first_not_finite(images, self._teach(images, self._eager_teacher), labels)
 
     def accuracy(self, learner: Learner, loader: EvalLoader) -> float:
         """As evaluate, for a learner of this group: captured, it is one launch."""
@@ -194,8 +205,9 @@ class _Captured:
         self._graph = torch.cuda.CUDAGraph()
         stream = _stream(device, 0)
         with _beside(stream):
-            for _ in range(warm_up):
-                function(*self._inputs)
+            with signals.leaving_at_once():
+                for _ in range(warm_up):
+                    function(*self._inputs)
         torch.cuda.synchronize()
         gc.collect()  # an old graph that is freed during a capture would break it
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # DALI's threads work on

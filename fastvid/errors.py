@@ -6,7 +6,11 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """The user asked to stop; everything was saved. The message says how to go on."""
+    """The user asked to stop; everything was saved. The message says how to go on, unless another rank does; `number` is the signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 class RankLost(Exception):
@@ -14,6 +18,9 @@ class RankLost(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the machine, of a GPU (torch.OutOfMemoryError), or on a CPU of torch's allocator or oneDNN, which have no classes of their own."""
-    spoken = any(text in str(error) for text in ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory"))
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or spoken
+    """Of the machine, of a GPU (torch.OutOfMemoryError), or as libraries say it that have no class for it; also behind a broken capture."""
+    spoken = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory",
+              "CUDA error: out of memory", "_ALLOC_FAILED")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in spoken):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)

@@ -8,6 +8,15 @@ from pathlib import Path
 from fastvid.errors import InputError
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote left behind."""
+    for path in folder.glob(".*.partial"):
+        process = path.name.split(".")[-2]
+        if process.isdigit() and not _is_alive(int(process)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, whole or not at all. Raises InputError with path and size when the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -28,3 +37,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
             temporary.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True

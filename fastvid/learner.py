@@ -1,8 +1,8 @@
 """One network in training: with its method, its optimizer, and the running sums of its losses."""
 from __future__ import annotations
 
-import math
 import warnings
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch.profiler import record_function
 from fastvid.config import TrainConfig
 from fastvid.device import autocast
 from fastvid.distributed import ALONE, Ranks
-from fastvid.errors import InputError
 from fastvid.methods import Method, Terms
 from fastvid.wresnet import Activations, WideResNet
 
@@ -26,12 +25,18 @@ class Student(nn.Module):
         self._device, self._precision = device, precision
 
     def forward(self, images: Tensor, taught: Activations | None, labels: Tensor) -> Terms:
-        with autocast(self._device, self._precision):
+        with self.autocast():
             return self.method(self.network(images), taught, labels)
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self._device, self._precision)
 
 
 class Learner:
-    """`step` trains it on one batch; nothing in it waits for the device. All its state is written in place, so graphs can be replayed."""
+    """`step` trains it on one batch; nothing in it waits for the device. All its state is written in place, so graphs can be replayed.
+
+    From the first step on whose losses or gradients are not finite it stands still: no update follows (`failed_steps`).
+    """
 
     def __init__(self, name: str, network: WideResNet, method: Method, config: TrainConfig, device: torch.device):
         self.name = name
@@ -41,7 +46,7 @@ class Learner:
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = None  # only a momentum of None needs it: a kernel less per layer and step
-        self.forward = student
+        self.forward = self.student = student
         self.clip_norm = config.clip_norm
         self.parameters = [*self.network.parameters(), *self.method.parameters()]
         undecayed = self.method.undecayed_parameters()
@@ -58,6 +63,10 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # makes its tensors now
         self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
+        self.failed = torch.zeros((), device=device)  # 1 from the first step on whose losses or gradients are not finite
+        self._failed_steps, self._one = torch.zeros((), device=device), torch.ones((), device=device)
+        if not self.scaler.is_enabled():  # else the scaler tells its own: it skips a step and scales less
+            self.optimizer.found_inf = self.failed
 
     def compile(self) -> None:
         """Let torch.compile fuse forward, losses and backward; each batch size and phase of the method is compiled when it comes."""
@@ -70,10 +79,10 @@ class Learner:
         group = ranks.group if self.loss_sums.is_cuda else None
         self.forward = DistributedDataParallel(self.forward, process_group=group, find_unused_parameters=staged)
 
-    def step(self, images: Tensor, taught: Activations | None, labels: Tensor, weight: float = 1.0) -> None:
-        """Forward, backward and update. weight: factor on the loss, for ranks whose batches differ in size."""
+    def step(self, images: Tensor, taught: Activations | None, labels: Tensor, weight: float = 1.0, eager: bool = False) -> None:
+        """Forward, backward and update. weight: factor on the loss, for ranks whose batches differ in size. eager: not compiled."""
         with record_function(f"{self.name}: forward"):
-            task, transfer = self.forward(images, taught, labels)
+            task, transfer = (self.student if eager else self.forward)(images, taught, labels)
         self.update(task, transfer, len(labels), weight)
 
     def update(self, task: Tensor, transfer: Tensor, images: int, weight: float = 1.0) -> None:
@@ -82,29 +91,47 @@ class Learner:
         with record_function(f"{self.name}: backward"):
             self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         with record_function(f"{self.name}: update"):
+            terms = torch.stack((task, transfer)).detach()
+            gradients = [] if self.scaler.is_enabled() else [p.grad for p in self.parameters if p.grad is not None]
+            torch._amp_foreach_non_finite_check_and_unscale_([terms, *gradients], self.failed, self._one)
+            self._failed_steps.add_(self.failed)
             if self.clip_norm:
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            self.loss_sums.add_(torch.stack((task, transfer)).detach(), alpha=images if weight else 0)
+            self.loss_sums.add_(terms, alpha=images if weight else 0)
 
     def set_learning_rate(self, value: float) -> None:
         self.learning_rate.fill_(value)
 
     def losses(self, images: int, ranks: Ranks = ALONE) -> tuple[float, float]:
-        """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device. InputError when not finite."""
+        """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device."""
         task, transfer = (ranks.sum(self.loss_sums) / images).tolist()
-        if not math.isfinite(task + transfer):
-            raise InputError(f"{self.name} diverged: task loss {task}, transfer loss {transfer}; lower its weight or --learning-rate, "
-                             "set --clip-norm, or leave it out")
         return task, transfer
+
+    def failed_steps(self) -> int:
+        """How many steps of this start were not made, since their or an earlier one's losses or gradients are not finite. Waits."""
+        return int(self._failed_steps)
+
+    def first_not_finite(self, images: Tensor, taught: Activations | None, labels: Tensor) -> str | None:
+        """What comes out of a step on this batch that is not finite: the name of a part of the loss, or of a parameter's gradient."""
+        student = self.student
+        with student.autocast():
+            parts = student.method.parts(student.network(images), taught, labels)
+        for name, value in parts.items():
+            if not value.isfinite():
+                return f"the loss of {name} is {value.item()}"
+        sum(parts.values()).backward()
+        gradients = ((name, parameter.grad) for name, parameter in student.named_parameters() if parameter.grad is not None)
+        return next((f"the gradient of {name} is not finite" for name, gradient in gradients if not gradient.isfinite().all()), None)
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes, but the scaler's two numbers."""
         momenta = (state["momentum_buffer"] for state in self.optimizer.state.values())
-        return [*self.parameters, *self.network.buffers(), *self.method.buffers(), *momenta, self.loss_sums]
+        sums = (self.loss_sums, self.failed, self._failed_steps)
+        return [*self.parameters, *self.network.buffers(), *self.method.buffers(), *momenta, *sums]
 
     def state(self) -> dict:
         return {"network": self.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),

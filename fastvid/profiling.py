@@ -22,7 +22,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     """Profile a few steps on batches of `epoch`; they leave no trace in the training. Returns the line that names the largest cost.
 
     Writes FOLDER/profile.json, a trace for chrome://tracing or Perfetto, and FOLDER/profile.txt: time per part of a step and per operator,
-    which on a GPU is a kernel. A part holds what the host does for it; on a GPU, where the host runs ahead, parts are left out.
+    which on a GPU is a kernel. A part is what the host, or a GPU on its behalf, does for it; a captured step has none.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells that it starts, stops, and finds no GPU
     on_gpu = step.device.type == "cuda"
@@ -31,13 +31,17 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     with step.rehearsal():
         step.begin_epoch(0.0)
         _run(step, batches, 2)
-        with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        activities = [ProfilerActivity.CUDA] if on_gpu else []
+        if not step.mode.captured:  # whose host does nothing but launch it
+            activities.append(ProfilerActivity.CPU)
+        with torch.profiler.profile(activities=activities) as profiler:
             _run(step, batches, STEPS)
     averages = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [event for event in averages if event.device_type == kind]
     of_a_part = re.compile(f"({'|'.join(re.escape(who) for who in ('loader', 'teacher', *(one.name for one in step.learners)))}): ")
-    parts = [(event.key, event.cpu_time_total) for event in events if of_a_part.match(event.key)]
+    parts = [(event.key, event.device_time_total if on_gpu else event.cpu_time_total) for event in averages
+             if event.device_type == DeviceType.CPU and of_a_part.match(event.key)]
     costs = [(event.key, event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count) for event in events
              if not of_a_part.match(event.key)]
     costs = sorted((cost for cost in costs if cost[1]), key=lambda cost: -cost[1])
@@ -48,7 +52,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     names = ", ".join(learner.name for learner in step.learners)
     lines = [f"{names} on {step.device}, {step.precision}: {total / STEPS / 1000:.2f} ms and "
              f"{sum(count for *_, count in costs) / STEPS:.0f} {noun} per step (mean of {STEPS} steps)", ""]
-    if not on_gpu:
+    if parts:
         lines += _table("part", [(name, time, STEPS) for name, time in sorted(parts, key=lambda part: -part[1])], total) + [""]
     lines += _table(what, costs[:ROWS], total)
     name, time, count = costs[0]

@@ -1,11 +1,15 @@
 """What a finished run leaves behind: one JSON line. Imports neither torch nor NumPy."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +19,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 from filelock import FileLock, Timeout
 
 from fastvid.errors import InputError
+from fastvid.files import remove_leftovers, write_atomic
 
 FILE = "results.jsonl"
+LOCK = ".lock"
+_CHECKSUM = "sha256"  # of the rest of a line
+_HOLDER = ".lock.holder"  # who has it: a process that tries to lock a file may empty it
 
 
 @dataclass(frozen=True)
@@ -103,29 +111,37 @@ def open_folder(path: Path) -> Path:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the output folder; nested calls of one process share it. Raises InputError when another process holds it."""
-    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    """Hold the output folder; nested calls of one process share it. Raises InputError that names the process which holds it."""
+    holder = ""
+    lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"another fastvid is at work in {folder}: wait for it, or give another --out") from error
+        with contextlib.suppress(OSError):
+            holder = f" ({(folder / _HOLDER).read_text(errors='replace').strip()})"
+        raise InputError(f"another fastvid{holder} is at work in {folder}: wait for it, or give another --out") from error
     try:
+        if lock.lock_counter == 1:
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            write_atomic(folder / _HOLDER, f"process {os.getpid()} on {platform.node()}, since {started}\n".encode())
+            remove_leftovers(folder)
         yield
     finally:
+        if lock.lock_counter == 1:
+            with contextlib.suppress(OSError):
+                (folder / _HOLDER).unlink()
         lock.release()
 
 
 def append(folder: Path, result: RunResult) -> None:
-    """Add one line to the folder's results, synced. A torn last line of a killed run is ended first, so it cannot swallow this one."""
+    """Add one line, with its checksum, to the folder's results, whole or not at all. A torn last line of another program is ended first."""
     path = folder / FILE
-    line = json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
+    entry = dataclasses.asdict(result)
+    line = json.dumps({**entry, _CHECKSUM: _sha256(entry)}, allow_nan=False) + "\n"
     try:
-        with open(path, "a+b") as file:
-            if file.tell() and not _ends_a_line(file):
-                file.write(b"\n")
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with FileLock(folder / ".results.lock"):  # several ranks may share the folder
+            before = path.read_bytes() if path.exists() else b""
+            write_atomic(path, before + (b"\n" if before and not before.endswith(b"\n") else b"") + line.encode())
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}; make room, then start again") from error
 
@@ -146,7 +162,7 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
             continue
         try:
             results.append(_parse(json.loads(line)))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             notes.append(f"{path}, line {number}: not a whole result, skipped; its run will be made again")
     if not results and any(line.strip() for line in lines[:-1]):  # the last one may be torn
         raise InputError(f"{path} holds no result that this version of fastvid can read: give another folder")
@@ -154,6 +170,8 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
 
 
 def _parse(entry: dict) -> RunResult:
+    if entry.pop(_CHECKSUM) != _sha256(entry):
+        raise ValueError("its checksum does not match")
     result = RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
     for part in (result, *result.history):
         for name, kind in get_type_hints(type(part)).items():
@@ -177,6 +195,5 @@ def _is_a(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _ends_a_line(file) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+def _sha256(entry: dict) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -28,6 +28,7 @@ from fastvid.errors import InputError
 from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, describe
 from fastvid.methods import build
+from fastvid.progress import say
 from fastvid.results import Evaluation, RunResult
 from fastvid.wresnet import WideResNet
 
@@ -48,6 +49,8 @@ class Run:
         self.folder, self.resume_path = Path(config.out), resume_file(config)
         self.learner = self._new_learner(teacher)
         self.position, self.history = 0, []
+        self.commits = [environment(device)["commit"]]
+        self._floored: set[str] = set()
         self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
         if self.resume_path.exists():
             self._load()
@@ -66,7 +69,9 @@ class Run:
         return Learner(self.method, network, method, config, self.device)
 
     def evaluate(self, epoch: int, losses: tuple[float, float], step: GroupStep, loader: EvalLoader) -> None:
-        """Add a point to the learning curve. `epoch`: epochs completed."""
+        """Add a point to the learning curve, unless it is there. `epoch`: epochs completed."""
+        if self.history and self.history[-1].epoch == epoch:
+            return
         started, prepared = time.perf_counter(), step.preparation_seconds
         accuracy = step.accuracy(self.learner, loader)
         preparing = step.preparation_seconds - prepared
@@ -74,6 +79,11 @@ class Run:
         self.evaluation_seconds += time.perf_counter() - started - preparing
         variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
         self.history.append(Evaluation(epoch, accuracy, *losses, variances))
+        floored = self.learner.method.variances_at_their_floor()
+        if floored.keys() - self._floored:
+            counts = ", ".join(f"{count} of {len(self.learner.method.variances()[tap])} at {tap}" for tap, count in floored.items())
+            say(f"{self.method}: variances have come to their floor after epoch {epoch}: {counts}")
+        self._floored |= floored.keys()
 
     def save(self, position: int) -> None:
         """Write the resume state after `position` steps; the first rank does it for all."""
@@ -84,6 +94,7 @@ class Run:
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
             "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
+            "versions": _versions(self.device), "commits": self.commits,
             "ranks": self.ranks.world_size, "position": position, "history": history,
             "learner": {**self.learner.state(), "loss_sums": loss_sums},
             **{name: getattr(self, name) for name in _CLOCKS}})
@@ -99,6 +110,10 @@ class Run:
                 if state[f"{what}_sha256"] != {"data": self.data.sha256, "teacher": self.teacher_sha256}[what]:
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
             _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
+            _require_same(state["versions"], _versions(self.device), self.resume_path, "install that version again, or delete the file")
+            if state["commits"] != self.commits:
+                self.commits = [*state["commits"], *self.commits]
+                say(f"{self.method}: begun by commit {', then '.join(map(str, self.commits))}: its result will say so")
             self.learner.load_state(state["learner"])
             if not self.ranks.first:  # the sums are those of all ranks
                 self.learner.loss_sums.zero_()
@@ -133,7 +148,8 @@ class Run:
             data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))),
             environment={
-                **environment(self.device), "loader": describe(config.loader), "engine": self.engine, "ranks": self.ranks.world_size},
+                **environment(self.device), "commit": ", then ".join(map(str, self.commits)) if any(self.commits) else None,
+                "loader": describe(config.loader), "engine": self.engine, "ranks": self.ranks.world_size},
             preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds, peak_memory=peak_memory(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
@@ -162,6 +178,10 @@ def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, f
         same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
         _require_same(result.config, identity(same_run), f"the {result.method} run in {Path(config.out) / results.FILE}",
                       "give the old settings or another --out")
+        version = result.environment.get("fastvid")
+        if version != fastvid.__version__:
+            raise InputError(f"{config.out} holds results of fastvid {version}, and this is {fastvid.__version__}: "
+                             "install that version again, or give another --out")
         if result.data_sha256 != data.sha256:
             raise InputError(f"{config.out} holds results of another {config.dataset}, now in {config.data} there is different data: "
                              "give the old data or another --out")
@@ -186,12 +206,17 @@ def _require_same(recorded: dict, wanted: dict, what: object, remedy: str) -> No
             raise InputError(f"{what} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}")
 
 
+def _versions(device: torch.device) -> dict:
+    """What a run must not change on its way."""
+    return {name: value for name, value in environment(device).items() if name in ("fastvid", "torch")}
+
+
 @cache
 def environment(device: torch.device) -> dict:
     """What a number depends on beside the settings."""
     on_gpu = device.type == "cuda"
     return {
-        "fastvid": fastvid.__version__, "commit": _commit(), "python": platform.python_version(), "torch": torch.__version__,
+        "fastvid": fastvid.__version__, "commit": _commit(), "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(), "platform": platform.platform(),
     }

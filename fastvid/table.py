@@ -197,6 +197,9 @@ def _notes(section: Section) -> list[str]:
         notes.append(_comparison(section))
     where = _listed(f"{run.environment.get('device')}, torch {run.environment.get('torch')}" for run in section.runs)
     notes.append(f"Trained on {where}: {_training_seconds(section):,.0f} s in all, without start-up and evaluation.")
+    commits = dict.fromkeys(str(run.environment.get("commit")) for run in section.runs)
+    if len(commits) > 1:
+        notes.append(f"Trained by several commits of fastvid: {_listed(commits)}.")
     if section.repeats:
         notes.append(f"{section.repeats} line(s) of {results.FILE} repeat a method, subset and seed: only the first of each counts.")
     return notes

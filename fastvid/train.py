@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from fastvid import checkpoint, datasets, distributed, progress, results
+from fastvid import checkpoint, datasets, distributed, progress, results, signals
 from fastvid.config import TrainConfig
 from fastvid.datasets import Data
-from fastvid.device import choose_device, peak_memory, reset_peak_memory, tune
+from fastvid.device import choose_device, peak_memory, reset_peak_memory, synchronize, tune
 from fastvid.distributed import ALONE, Ranks
 from fastvid.engine import GroupStep, choose_engine, evaluate
 from fastvid.errors import InputError, Interrupted, is_out_of_memory
-from fastvid.loader import EvalLoader, describe, train_loader
+from fastvid.loader import EvalLoader, TrainLoader, describe, train_loader
 from fastvid.plan import BatchPlan
 from fastvid.profiling import profile
 from fastvid.progress import Progress, say
@@ -37,7 +33,6 @@ from fastvid.wresnet import WideResNet
 __all__ = ["TrainConfig", "train"]
 
 EVAL_BATCH = 500
-GRACE = 20  # seconds from a signal to the end of a rank that cannot answer it; torchrun kills after 30
 load_split = lru_cache(maxsize=2)(datasets.load)  # a grid trains many groups on the two splits of one data set
 
 
@@ -78,7 +73,9 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
     runs = [Run(one, data, teacher, teacher_sha256, device, engine, ranks) for one in waiting]
-    ranks.barrier()  # the first one may write when all have read
+    seen = [(run.method, run.position) for run in runs]
+    if ranks.any(seen != ranks.from_first(seen)):  # asked by all, so the first one writes when all have read
+        raise InputError(f"the ranks see different files in {out}: give an --out on a file system that all of them see")
     same_teacher = (r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == "test")
     known = next(same_teacher, None) if data.evaluated_on == "test" else None
     for position in sorted({run.position for run in runs}):  # one group, unless a method joins interrupted ones
@@ -101,56 +98,99 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
     loader = train_loader(data.train, plan, backend=config.loader, device=device)
     test = EvalLoader(data.evaluation, EVAL_BATCH, device=device)
     reset_peak_memory(device)
+    on_cpu = device.type == "cpu"
 
     steps = config.epochs * plan.steps_per_epoch
-    first_epoch, first_step = divmod(group[0].position, plan.steps_per_epoch)
-    images_done = first_epoch * len(data.train) + first_step * config.batch_size
+    done = group[0].position
+    epoch, first_step = divmod(done, plan.steps_per_epoch)
+    images_done = epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
     say(f"{title}: batches by {describe(config.loader)}, engine {engine}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
-    with stop_on_signal(ranks) as stop, naming_what_does_not_fit(group, config, device), distributed.noticing_loss(ranks), \
-            ExitStack() as stack:
-        step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks)
-        if config.profile and first_epoch < config.epochs:
-            say(profile(step, loader, first_epoch, Path(config.out) if ranks.first else None))
+    with signals.stop_on_signal(ranks.world_size > 1) as stop, naming_what_does_not_fit(group, config, device), \
+            distributed.noticing_loss(ranks), ExitStack() as stack:
+        step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks, plan.size(0))
+        if config.profile and done < steps:
+            with signals.leaving_at_once():
+                say(profile(step, loader, epoch, Path(config.out) if ranks.first else None))
             for run in group:
                 run.preparation_seconds += step.preparation_seconds
         bar = stack.enter_context(closing(Progress(title, config.epochs * len(data.train), images_done)))
-        last_save = time.monotonic()
-        for epoch in range(first_epoch, config.epochs):
+        saved_at = time.monotonic()
+
+        def is_overdue() -> bool:
+            return time.monotonic() - saved_at > config.checkpoint_seconds
+
+        def evaluate_if_due() -> None:
+            """After some epochs. What a signal prevents, the next start makes up for."""
+            epochs, rest = divmod(done, plan.steps_per_epoch)
+            if not done or rest or not is_evaluated(epochs - 1, config):
+                return
+            losses = [run.learner.losses(len(data.train), ranks) for run in group]
+            if ranks.first and not stop:
+                with suppress(KeyboardInterrupt), signals.leaving_at_once():
+                    for run, means in zip(group, losses):
+                        run.evaluate(epochs, means, step, test)
+                    bar.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
+
+        evaluate_if_due()
+        stopping = ranks.any(bool(stop))
+        while done < steps and not stopping:
+            epoch, first_step = divmod(done, plan.steps_per_epoch)
             started, prepared = time.perf_counter(), step.preparation_seconds
-            done = epoch * plan.steps_per_epoch + first_step
             step.begin_epoch(epoch / config.epochs, fresh=first_step == 0)
-            first_step = 0
-            for batch in loader.epoch(epoch, done % plan.steps_per_epoch):
+            for batch in loader.epoch(epoch, first_step):
                 images = plan.global_size(done % plan.steps_per_epoch)
-                step(*batch, learning_rate(config, done / steps), ranks.world_size * len(batch.labels) / images)
+                try:
+                    step(*batch, learning_rate(config, done / steps), ranks.world_size * len(batch.labels) / images)
+                except (KeyboardInterrupt, InputError):  # while it was prepared, which can take minutes; or a compiler got the signal
+                    if stop:
+                        break  # the step is not made
+                    raise
                 done += 1
                 bar.advance(images)
-                if done % ranks.steps_between_questions == 0 and ranks.any(stop.is_set()):
+                if on_cpu and any(run.learner.failed_steps() for run in group):
                     break
-            epoch_is_over = done == (epoch + 1) * plan.steps_per_epoch
-            evaluating = epoch_is_over and is_evaluated(epoch, config)
-            saving = epoch + 1 == config.epochs or ranks.any(time.monotonic() - last_save > 60 * config.checkpoint_minutes)
-            if evaluating or saving or device.type == "cpu":  # a GPU is waited for only then
-                losses = [run.learner.losses(len(data.train), ranks) for run in group]
+                if (on_cpu or done % ranks.steps_between_questions == 0) and ranks.any(bool(stop) or is_overdue()):
+                    break
+            epochs, rest = divmod(done, plan.steps_per_epoch)
+            counted = config.checkpoint_epochs and not rest and epochs % config.checkpoint_epochs == 0
+            stopping = ranks.any(bool(stop))
+            pausing = done == steps or stopping or counted or ranks.any(is_overdue())
+            evaluating = not rest and is_evaluated(epochs - 1, config)
+            if pausing or evaluating:
+                synchronize(device)  # a GPU is waited for only now
             preparing = step.preparation_seconds - prepared
             for run in group:
                 run.seconds += time.perf_counter() - started - preparing
                 run.preparation_seconds += preparing
-            if evaluating and ranks.first:
-                for run, means in zip(group, losses):
-                    run.evaluate(epoch + 1, means, step, test)
-                bar.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
-            stopping = ranks.any(stop.is_set())
-            if saving or stopping:
+            if pausing or evaluating or on_cpu:
+                refuse_what_is_not_finite(group, step, loader, plan, done, ranks)
+            evaluate_if_due()
+            stopping = ranks.any(bool(stop))
+            if pausing or stopping:
                 for run in group:
-                    run.learner.losses(len(data.train), ranks)  # what is not finite is not saved
                     run.save(done)
-                last_save = time.monotonic()
-            if stopping:
-                raise Interrupted(f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: "
-                                  "the same command goes on from there")
+                saved_at = time.monotonic()
+        if stopping:
+            said = f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: the same command goes on from there"
+            raise Interrupted(said if ranks.first else "", stop.number)
+
+
+def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLoader, plan: BatchPlan, done: int, ranks: Ranks) -> None:
+    """Raises InputError when a step of this start had losses or gradients that are not finite. The other students are saved."""
+    failed = [run for run in group if ranks.any(run.learner.failed_steps() > 0)]
+    if not failed:
+        return
+    for run in group:
+        if run not in failed:
+            run.save(done)
+    run = failed[0]
+    good = done - run.learner.failed_steps()
+    batch = next(iter(loader.epoch(*divmod(good, plan.steps_per_epoch))))
+    reason = step.explain_failure(run.learner, *batch) or "a loss or gradient was not finite, though not when this was tried again"
+    raise InputError(f"{run.method} diverged in step {good + 1:,}: {reason}; nothing of that was saved, earlier states are as they were: "
+                     "lower its weight or --learning-rate, set --clip-norm, or leave it out")
 
 
 @contextmanager
@@ -202,14 +242,17 @@ def load_teacher(config: TrainConfig, arrays: datasets.Arrays) -> tuple[WideResN
         return None, None
     if config.teacher is None:
         raise InputError(f"--method {','.join(config.method)} needs a teacher: add --teacher FILE, or make one with --method teacher")
-    teacher = checkpoint.load_network(config.teacher, config.teacher_depth, config.teacher_width, len(arrays.class_names))
-    _, metadata = checkpoint.load_weights(config.teacher)
+    weights = checkpoint.load_weights(config.teacher)
+    teacher = checkpoint.build_network(weights, config.teacher_depth, config.teacher_width, len(arrays.class_names))
+    if not weights.verified:
+        say(f"{config.teacher} carries no checksum of fastvid: unverified, its SHA-256 is {weights.sha256}")
     ours = {"normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)}, "classes": list(arrays.class_names)}
     for name, value in ours.items():  # weights of other programs do not say
-        if metadata.get(name, value) != value:
-            raise InputError(f"{config.teacher} was trained with other {name} ({metadata[name]}) than {config.dataset} has: "
+        found = weights.metadata.get(name, value)
+        if found != value:
+            raise InputError(f"{config.teacher} was trained with other {name} ({found}) than {config.dataset} has: "
                              "take a teacher of this data set")
-    return teacher, hashlib.sha256(Path(config.teacher).read_bytes()).hexdigest()
+    return teacher, weights.sha256
 
 
 def summary(result: RunResult) -> str:
@@ -222,35 +265,3 @@ def summary(result: RunResult) -> str:
         text += f", peak memory {result.peak_memory / 2**20:,.0f} MiB"
     variances = "; ".join(f"{tap} {low:.3g} to {high:.3g}" for tap, (low, _, high) in result.history[-1].variances.items())
     return f"{text}; variances {variances}" if variances else text
-
-
-@contextmanager
-def stop_on_signal(ranks: Ranks = ALONE) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the handlers do nothing else, so no save is torn. Outside the main thread: never set.
-
-    Among several ranks one that hangs on a lost peer never comes to look at the event. After GRACE seconds it ends all the same.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    end = threading.Timer(GRACE, _end_now)
-    end.daemon = True
-
-    def on_signal(*_) -> None:
-        if ranks.world_size > 1 and not stop.is_set():
-            end.start()
-        stop.set()
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        end.cancel()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _end_now() -> None:
-    print("fastvid: the other ranks did not answer: start the same command again, it goes on from the last checkpoint", file=sys.stderr)
-    os._exit(1)

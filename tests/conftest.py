@@ -18,6 +18,28 @@ functorch_config.enable_autograd_cache = False  # it finds a compiled backward b
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"  # beside the checkout
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="as many kills, mutants and minutes as tests/README.md reports")
+    parser.addoption("--figures", metavar="FILE", help="append what the tests of survival measured, as Markdown rows")
+
+
+@pytest.fixture(scope="session")
+def long(pytestconfig):
+    return pytestconfig.option.long
+
+
+@pytest.fixture
+def figure(pytestconfig, record_property):
+    """figure(what, measured): a row for the table in tests/README.md."""
+    def write(what, measured):
+        record_property(what, measured)
+        if pytestconfig.option.figures:
+            with open(pytestconfig.option.figures, "a") as file:
+                file.write(f"| {what} | {measured} |\n")
+
+    return write
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """A test draws the same numbers alone and in company."""

@@ -27,7 +27,7 @@ def load(folder, split="train"):
 
 
 def files(folder):
-    return sorted(path.name for path in (folder / datasets.CACHE).iterdir())
+    return sorted(path.name for path in (folder / datasets.CACHE).iterdir() if not path.name.startswith("."))
 
 
 def same(one, other):

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -425,7 +426,7 @@ def test_every_option_reaches_its_field_and_no_other(flag, kind, field, owner):
         value = ("at", "kd+vid") if get_args(kind)[0] is str else (0.25, 0.5)
         argv = [flag, ",".join(map(str, value))]
     else:
-        value = {int: 22, float: 0.25, str: "x"}[kind]  # 22 is a legal depth, too
+        value = "2epochs" if field.name == "checkpoint_every" else {int: 22, float: 0.25, str: "x"}[kind]  # 22 is a legal depth, too
         argv = [flag, str(value)]
     given, default = cli._from_args(TrainConfig, cli._parser().parse_args(["train", *argv])), TrainConfig()
     if owner is TrainConfig:
@@ -449,13 +450,15 @@ def test_the_exit_code_reaches_the_shell_and_a_bad_input_has_no_traceback(tmp_pa
     assert ran.stderr == f"fastvid: error: {message}\n"
 
 
-def test_ctrl_c_outside_of_training_is_one_line_too(monkeypatch, capsys):
-    def interrupt(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_doctor", interrupt)
-    assert cli.main(["doctor"]) == 130
-    assert capsys.readouterr().err == "fastvid: interrupted\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_outside_of_training_is_one_line_too_and_has_the_conventional_code(monkeypatch, capsys, number):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_doctor", lambda args: signal.raise_signal(number))
+    try:
+        assert cli.main(["doctor"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "fastvid: interrupted: the same command starts again where it was\n"
 
 
 # --- doctor

@@ -82,7 +82,7 @@ def end(process, out):
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its ranks
             raise
-    files = {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"}
+    files = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
     return Job(process.returncode, printed, errors, time.monotonic() - started, files, results.read(out)[0])
 
 
@@ -239,7 +239,7 @@ def test_a_second_start_trains_nothing_and_says_so_once(looked_into, teacher):
 def stopped(tmp_path_factory, teacher):
     """The job after a SIGTERM to torchrun, soon after its first checkpoint."""
     out = tmp_path_factory.mktemp("stopped") / "out"
-    process = start(out, *GROUP, "--teacher", teacher, "--checkpoint-minutes", "0.001", "--loader", "torch")
+    process = start(out, *GROUP, "--teacher", teacher, "--checkpoint-every", "1epoch", "--loader", "torch")
     wait_for(lambda: (out / "vid-5-seed0.resume").exists(), process)
     process.send_signal(signal.SIGTERM)
     return out, end(process, out)
@@ -251,7 +251,7 @@ def bereft(stopped, teacher):
     out, _ = stopped
     resume = out / "vid-5-seed0.resume"
     before = resume.stat().st_mtime_ns
-    process = start(out, *GROUP, "--teacher", teacher, "--checkpoint-minutes", "0.001", "--loader", "torch", program=this_file(out.parent))
+    process = start(out, *GROUP, "--teacher", teacher, "--checkpoint-every", "1epoch", "--loader", "torch", program=this_file(out.parent))
     wait_for(lambda: resume.stat().st_mtime_ns > before, process)
     kill(1, out.parent)
     return out, end(process, out)
@@ -293,7 +293,7 @@ def test_one_process_does_not_go_on_with_what_two_have_begun(bereft, teacher, tm
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (f"fastvid: error: {tmp_path}/student-5-seed0.resume was made with ranks = 2, but now it is 1: "
                     "give the old settings, another --out, or delete the file")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == job.files
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if not path.name.startswith(".")} == job.files
 
 
 def test_what_was_stopped_and_lost_a_rank_ends_with_the_bits_of_a_job_that_ran_through(finished, looked_into):
@@ -329,6 +329,8 @@ def test_a_killed_rank_ends_a_grid_within_30_seconds(bereft_grid):
     assert job.code != 0 and job.seconds < 30
     assert 0 < len(weights(job.found).keys() & CELLS) < len(CELLS), "killed in the middle"
     assert no_rank_left_a_traceback(job) and not job.out
+    (line,) = job.said("fastvid(, rank 1)?: .*")
+    assert re.match(r"fastvid(, rank 1)?: (stopped after step .* the same command goes on|rank 1 of 2 lost another one|interrupted)", line)
 
 
 def test_the_next_start_completes_the_grid_and_prints_one_table(bereft_grid, finished_grid):

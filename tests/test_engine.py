@@ -114,12 +114,23 @@ def test_losses_are_means_over_images_and_start_anew_with_an_epoch_that_an_earli
     assert one.losses(4) == (7.0, 0.0)
 
 
-@pytest.mark.parametrize("task, transfer", [(math.nan, 0.0), (1.0, math.inf)], ids=["nan-task", "infinite-transfer"])
-def test_a_loss_that_is_not_finite_is_told_with_the_method_and_the_remedy(task, transfer):
-    one = learner("student")
-    one.loss_sums += torch.tensor([task, transfer])
-    with pytest.raises(InputError, match="student diverged: task loss .*; lower its weight or --learning-rate, set --clip-norm"):
-        one.losses(1)
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["", "clipped"])
+@pytest.mark.parametrize("task, transfer, slope", [(math.nan, 0.0, 1.0), (1.0, math.inf, 1.0), (1.0, 0.0, math.nan), (1.0, 0.0, math.inf)],
+                         ids=["nan-task", "infinite-transfer", "nan-gradient", "infinite-gradient"])
+def test_from_a_step_that_is_not_finite_on_a_learner_stands_still_and_counts(task, transfer, slope, clip_norm):
+    one = learner("student", clip_norm=clip_norm)
+    one.update(one.network(batch()[0]).logits.sum(), torch.tensor(0.0), 4)
+    assert one.failed_steps() == 0
+    weights, momenta = ([tensor.clone() for tensor in tensors] for tensors in (one.parameters, momenta_of(one)))
+    for number, (loss, factor) in enumerate([(task, slope), (1.0, 1.0)], start=1):
+        output = one.network(batch()[0]).logits.sum() * factor
+        one.update(loss + output - output.detach().nan_to_num(), torch.tensor(transfer), 4)
+        assert one.failed_steps() == number
+    assert all(map(torch.equal, weights, one.parameters)) and all(map(torch.equal, momenta, momenta_of(one)))
+
+
+def momenta_of(one):
+    return [state["momentum_buffer"] for state in one.optimizer.state.values()]
 
 
 @pytest.mark.parametrize("method", ["student", "vid"])

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 
@@ -94,7 +96,9 @@ def test_a_folder_is_held_by_one_process_and_nested_calls_of_it(tmp_path):
         with results.exclusive(tmp_path):
             pass
         second = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert second.returncode and f"another fastvid is at work in {tmp_path}: wait for it, or give another --out" in second.stderr
+        holder = rf"\(process {os.getpid()} on \S+, since [-0-9: ]+\)"
+        said = rf"another fastvid {holder} is at work in {tmp_path}: wait for it, or give another --out"
+        assert second.returncode and re.search(said, second.stderr)
     subprocess.run(command, check=True)
 
 
@@ -105,7 +109,7 @@ def test_a_new_or_empty_folder_becomes_an_output_folder_and_stays_one(tmp_path):
     (folder / "notes.txt").write_text("mine")
     results.open_folder(folder)
     assert results.read(folder) == ([RESULT], [])
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "results.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [".results.lock", "notes.txt", "results.jsonl"]
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

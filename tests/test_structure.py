@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import modules of earlier lines only.
 LAYERS = """
 errors
-fastvid config files plan progress results wresnet
+fastvid config files plan progress signals wresnet
+results
 cache decode
 datasets
 checkpoint loader table
@@ -45,7 +46,7 @@ cli
 __main__
 """
 LAYER_OF = {("" if name == "fastvid" else name): number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-LIGHT = ("config", "errors", "results", "files", "table", "report", "cli", "")  # neither torch nor NumPy
+LIGHT = ("config", "errors", "results", "files", "signals", "table", "report", "cli", "")  # neither torch nor NumPy
 WITHOUT_TORCH = (*LIGHT, "plan", "cache", "decode", "datasets", "progress", "__main__")
 
 

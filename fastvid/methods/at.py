@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastvid.config import ATOptions
 from fastvid.kernels import attention_transfer, checks
 from fastvid.methods.base import Transfer
-from fastvid.wresnet import Activations, WideResNet
+from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
 class ATLoss(nn.Module):
@@ -25,9 +25,13 @@ class ATLoss(nn.Module):
         self.factor, self.impl = factor, impl
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        return reduce(add, self.per_tap(student_maps, teacher_maps))
+
+    def per_tap(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[Tensor]:
+        """The loss of each pair, fp32 scalars."""
         checks.pairs("ATLoss", student_maps=student_maps, teacher_maps=teacher_maps)
-        return reduce(add, (attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
-                            for student, teacher in zip(student_maps, teacher_maps)))
+        return [attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
+                for student, teacher in zip(student_maps, teacher_maps)]
 
 
 class AttentionTransfer(Transfer):
@@ -37,5 +41,5 @@ class AttentionTransfer(Transfer):
         super().__init__()
         self.loss = ATLoss(factor=options.weight)
 
-    def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.loss(student.stages[1:], teacher.stages[1:])
+    def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
+        return dict(zip(TAPS[1:], self.loss.per_tap(student.stages[1:], teacher.stages[1:])))

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ def in_layout_of(student_map: Tensor, output: Tensor) -> Tensor:
 
 
 class Transfer(nn.Module):
-    """One weighted transfer term: `transfer(student, teacher)` -> scalar.
+    """One weighted transfer term: `transfer(student, teacher)` -> {tap: its part of the loss, a scalar}.
 
     A subclass is built from (options, student, teacher): its options of TrainConfig and the two networks, of which it reads
     `tap_channels`. It owns its regressors and registers every parameter.
@@ -43,7 +43,7 @@ class Transfer(nn.Module):
     staged = False
     """Whether begin_epoch ever changes `alone` or `over`."""
 
-    def forward(self, student: Activations, teacher: Activations) -> Tensor:
+    def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def begin_epoch(self, progress: float) -> None:
@@ -52,6 +52,9 @@ class Transfer(nn.Module):
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """Parameters that weight decay must leave alone."""
         return []
+
+    least_variance = 0.0
+    """Floor of `variances`."""
 
     def variances(self) -> dict[str, Tensor]:
         """Learned variances per tap, [C] each; empty for methods without."""
@@ -66,15 +69,22 @@ class Method(nn.Module):
         self.transfers = nn.ModuleDict(transfers)
 
     def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
-        terms = [term for term in self.transfers.values() if not term.over]
-        alone = [term for term in terms if term.alone]
-        nothing = partial(labels.new_zeros, (), dtype=torch.float32)
-        task = nothing() if alone else F.cross_entropy(student.logits.float(), labels)  # without a gradient nothing decays either
-        weight = math.prod([term.task_weight for term in terms])
-        if weight != 1:
-            task = weight * task
-        values = [term(student, teacher) for term in alone or terms]
-        return Terms(task, reduce(add, values) if values else nothing())
+        task, *values = self.parts(student, teacher, labels).values()
+        return Terms(task, reduce(add, values) if values else torch.zeros_like(task))
+
+    def parts(self, student: Activations, teacher: Activations | None, labels: Tensor) -> dict[str, Tensor]:
+        """What the loss is the sum of, by name: the cross entropy first, then each term at each of its taps."""
+        terms = {name: term for name, term in self.transfers.items() if not term.over}
+        alone = {name: term for name, term in terms.items() if term.alone}
+        if alone:  # without a gradient nothing decays either
+            task = labels.new_zeros((), dtype=torch.float32)
+        else:
+            task = F.cross_entropy(student.logits.float(), labels)
+        weight = math.prod([term.task_weight for term in terms.values()])
+        parts = {"cross entropy": task if weight == 1 else weight * task}
+        for name, term in (alone or terms).items():
+            parts |= {f"{name} at {tap}": value for tap, value in term(student, teacher).items()}
+        return parts
 
     def begin_epoch(self, progress: float) -> None:
         for term in self.transfers.values():
@@ -89,3 +99,9 @@ class Method(nn.Module):
 
     def variances(self) -> dict[str, Tensor]:
         return {tap: values for term in self.transfers.values() for tap, values in term.variances().items()}
+
+    def variances_at_their_floor(self) -> dict[str, int]:
+        """How many channels of each tap have a variance below twice the least one, where there are any."""
+        counts = {tap: int((values < 2 * term.least_variance).sum())
+                  for term in self.transfers.values() for tap, values in term.variances().items()}
+        return {tap: count for tap, count in counts.items() if count}

@@ -46,8 +46,8 @@ class Hint(Transfer):
         self.options = options
         self.staged = options.schedule == "two-stage"
 
-    def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.loss(student.activated[self.tap], teacher.activated[self.tap])
+    def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
+        return {TAPS[self.tap]: self.loss(student.activated[self.tap], teacher.activated[self.tap])}
 
     def begin_epoch(self, progress: float) -> None:
         if self.staged:

@@ -31,5 +31,5 @@ class SoftenedLogits(Transfer):
         super().__init__()
         self.loss, self.task_weight = KDLoss(options.temperature, factor=options.alpha), 1 - options.alpha
 
-    def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.loss(student.logits, teacher.logits)
+    def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
+        return {"logits": self.loss(student.logits, teacher.logits)}

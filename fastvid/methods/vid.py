@@ -75,8 +75,12 @@ class VIDLoss(nn.Module):
         self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), raw)) for t in teacher_channels)
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        return reduce(add, self.per_tap(student_maps, teacher_maps))
+
+    def per_tap(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[Tensor]:
+        """The loss of each tap, fp32 scalars."""
         checks.pairs("VIDLoss", count=len(self.regressors), student_maps=student_maps, teacher_maps=teacher_maps)
-        return reduce(add, map(self._tap, range(len(self.regressors)), student_maps, teacher_maps))
+        return list(map(self._tap, range(len(self.regressors)), student_maps, teacher_maps))
 
     def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         regressor = self.regressors[index]
@@ -112,13 +116,14 @@ class VariationalInformation(Transfer):
     def __init__(self, options: VIDOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.variant = VARIANTS[options.variant]
+        self.least_variance = self.variant.eps
         self._taps = [TAPS.index(tap) for tap in self.variant.taps]
         self.loss = VIDLoss(
             [student.tap_channels[i] for i in self._taps], [teacher.tap_channels[i] for i in self._taps],
             variant=options.variant, factor=options.resolved().weight)
 
-    def forward(self, student: Activations, teacher: Activations) -> Tensor:
-        return self.loss(self._maps(student), self._maps(teacher))
+    def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
+        return dict(zip(self.variant.taps, self.loss.per_tap(self._maps(student), self._maps(teacher))))
 
     def _maps(self, activations: Activations) -> list[Tensor]:
         source = activations.activated if self.variant.activated else activations.stages

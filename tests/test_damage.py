@@ -1,0 +1,243 @@
+"""Files that were damaged on their way, and files that were made to do harm: none loads silently different, none runs code."""
+import dataclasses
+import hashlib
+import pickle
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastvid import cache, checkpoint, cli, datasets, results
+from fastvid.errors import InputError
+from fastvid.results import Evaluation, RunResult
+from fastvid.wresnet import WideResNet
+
+MUTANTS = 3000  # of each type of file
+
+RESULT = RunResult(
+    dataset="digits", method="vid", percent=5.0, per_class=7, seed=0, accuracy=61.2, best_accuracy=63.0, evaluated_on="test",
+    train_images=70, steps=120, seconds=3.25, images_per_second=861.5, group=["student", "vid"],
+    history=[Evaluation(1, 40.0, 2.25, 33.5, {"stem": [4.8, 4.9, 5.0]}), Evaluation(2, 61.2, 1.5, 30.25, {"stem": [4.1, 4.2, 4.3]})],
+    weights="vid-7-seed0.safetensors", weights_sha256="ab" * 32, data_sha256="da" * 32, teacher_sha256="cd" * 32, teacher_accuracy=97.0,
+    config={"method": ["vid"], "vid": {"weight": None}}, environment={"torch": "2.15.0"})
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Small files in the official CIFAR-100 format, whose md5 stand in for the published ones."""
+    folder, draw = tmp_path / "cifar-100-python", np.random.default_rng(0)
+    folder.mkdir()
+    content = {"meta": {"fine_label_names": ["apple", "fish", "baby"]}}
+    for split in ("train", "test"):
+        content[split] = {"data": draw.integers(0, 256, (9, 3072), dtype=np.uint8), "fine_labels": [0, 1, 2] * 3}
+    for file, value in content.items():
+        (folder / file).write_bytes(pickle.dumps(value, protocol=2))
+    md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(
+        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])))
+    return tmp_path
+
+
+def network():
+    torch.manual_seed(0)
+    return WideResNet(10, 1)
+
+
+def flat(value):
+    """A nested value as something that == compares: tensors and arrays by their bits."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return [(key, flat(entry)) for key, entry in sorted(value.items(), key=str)]  # safetensors keeps no order
+    return [flat(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def weights_file(folder, cifar):
+    path = folder / "a.safetensors"
+    checkpoint.save_weights(path, network().state_dict(), {"classes": ["a", "b"], "accuracy": 91.22, "dataset": "digits"})
+    return path, lambda: flat([(w := checkpoint.load_weights(path)).tensors, {**w.metadata, "verified": None}])
+
+
+def torch_file(folder, cifar):
+    path = folder / "a.pth"
+    torch.save({"state_dict": network().state_dict()}, path)
+    return path, lambda: flat(checkpoint.load_weights(path).tensors)
+
+
+def resume_file(folder, cifar):
+    path, state = folder / "a.resume", network().state_dict()
+    checkpoint.save_state(path, {"identity": {"method": ["vid"], "learning_rate": 0.1}, "position": 12, "seconds": 3.5, "ranks": 1,
+                                 "history": [dataclasses.asdict(point) for point in RESULT.history],
+                                 "learner": {"network": state, "optimizer": {"state": {0: {"momentum_buffer": torch.randn(9)}}}}})
+    return path, lambda: flat(checkpoint.load_state(path))
+
+
+def data_file(folder, cifar):
+    def load():
+        shutil.rmtree(cifar / datasets.CACHE, ignore_errors=True)
+        return read_cifar(cifar)
+
+    return cifar / "cifar-100-python" / "train", load
+
+
+def data_cache(folder, cifar):
+    read_cifar(cifar)
+    return cifar / datasets.CACHE / "cifar100-train.safetensors", lambda: read_cifar(cifar)
+
+
+def read_cifar(root):
+    arrays = datasets.load("cifar100", root, "train")
+    return flat([arrays.images, arrays.labels, arrays.class_names, arrays.mean, arrays.std])
+
+
+def results_file(folder, cifar):
+    """Each line that loads is one of those that were written; for each that does not there is a note, or it was cut off whole."""
+    for seed in range(4):
+        results.append(folder, dataclasses.replace(RESULT, seed=seed, accuracy=60.0 + seed))
+    path = folder / results.FILE
+    written, _ = results.read(folder)
+
+    def load():
+        found, notes = results.read(folder)
+        assert all(run in written for run in found)
+        lost = sum(run not in found for run in written)
+        if lost and not notes:
+            assert path.read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[:4 - lost]), "lost without a word"
+        return "the written ones"
+
+    return path, load
+
+
+def mutants(content, count, seed):
+    """`count` damaged versions of `content`, each with its kind."""
+    choose = random.Random(seed)
+    for number in range(count):
+        mutant, spot = bytearray(content), choose.randrange(len(content))
+        if choose.random() < 0.3:
+            spot %= 2048  # headers are small and matter most
+        length = min(choose.choice((1, 8, 64, 512, 4096)), len(content) - spot)
+        kind = ("bit flipped", "cut", "zeroed", "repeated", "removed", "random")[number % 6]
+        if kind == "bit flipped":
+            mutant[spot] ^= 1 << choose.randrange(8)
+        elif kind == "cut":
+            del mutant[spot:]
+        elif kind == "zeroed":
+            mutant[spot:spot + length] = bytes(length)
+        elif kind == "repeated":
+            source = choose.randrange(len(content) - length + 1)
+            mutant[spot:spot + length] = content[source:source + length]
+        elif kind == "removed":
+            del mutant[spot:spot + length]
+        else:
+            mutant[spot:spot + length] = choose.randbytes(length)
+        yield kind, bytes(mutant)
+
+
+FILES = [weights_file, torch_file, resume_file, data_file, data_cache, results_file]
+
+
+@pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
+def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar, capsys, figure):
+    path, load = make(tmp_path, cifar)
+    expected, whole = load(), path.read_bytes()
+    refused, slowest = 0, 0.0
+    for kind, mutant in mutants(whole, MUTANTS, make.__name__):
+        path.write_bytes(mutant)
+        began = time.monotonic()
+        try:
+            assert load() == expected, f"a {make.__name__} loads differently, {kind}"
+        except InputError as error:
+            assert "\n" not in str(error) and str(path.parent) in str(error)
+            refused += 1
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 5
+    name = make.__name__.replace("_", " ")
+    figure(f"damaged {name}", f"{MUTANTS:,} mutants: 0 load differently, {refused:,} refused in one line, the others unharmed, "
+           f"skipped with a note or made again; the slowest answer took {slowest:.2f} s")
+
+
+def test_a_cut_of_a_results_file_between_two_lines_is_an_earlier_state_of_it(tmp_path):
+    path, load = results_file(tmp_path, None)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert load() and len(results.read(tmp_path)[0]) == 2
+
+
+# --- whole files, in another's place
+
+def test_swapped_files_of_a_data_set_or_of_its_cache_are_noticed(cifar):
+    expected = read_cifar(cifar)
+    kept, folder = cifar / datasets.CACHE, cifar / "cifar-100-python"
+    test = datasets.load("cifar100", cifar, "test")
+    shutil.copy(kept / "cifar100-test.safetensors", kept / "cifar100-train.safetensors")
+    assert read_cifar(cifar) == expected
+    shutil.rmtree(kept)
+    shutil.copy(folder / "test", folder / "train")
+    with pytest.raises(InputError, match="train: md5 is .* damaged or another file"):
+        read_cifar(cifar)
+    assert len(test) == 9
+
+
+def test_a_cache_of_official_cifar10_with_other_images_is_not_believed(cifar10_root, cifar10_test, tmp_path):
+    shutil.copytree(cifar10_root, tmp_path / "data")
+    path = tmp_path / "data" / datasets.CACHE / "cifar10-test.safetensors"
+    spec = datasets._CIFAR["cifar10"]
+    forged = {"images": 255 - cifar10_test.images, "labels": cifar10_test.labels}
+    cache.write(path, " ".join((*spec.test.values(), spec.meta[1])), forged,
+                {"class_names": cifar10_test.class_names, "mean": spec.mean, "std": spec.std})
+    assert datasets.load("cifar10", tmp_path / "data", "test").sha256() == cifar10_test.sha256()
+
+
+# --- code
+
+class Canary:
+    """Unpickling it creates a file: what an attacker's code would do, harmlessly."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+SLOTS = {  # where somebody may hand a user a file: (its place, options of train, whether the run can go on without it)
+    "teacher.pth": ("teacher.pth", ("--method", "kd", "--teacher", "teacher.pth"), False),
+    "teacher.pt": ("teacher.pt", ("--method", "kd", "--teacher", "teacher.pt"), False),
+    "teacher.safetensors": ("teacher.safetensors", ("--method", "kd", "--teacher", "teacher.safetensors"), False),
+    "resume": ("out/student-7-seed0.resume", (), False),
+    "results": ("out/results.jsonl", (), True),
+    "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
+    "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),
+    "cache": ("data/.fastvid-cache/cifar100-train.safetensors", ("--dataset", "cifar100"), False),
+    "lock": ("out/.lock.holder", (), True),
+}
+
+
+@pytest.mark.parametrize("write", [
+    pytest.param(lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)), id="pickle"),
+    pytest.param(lambda content, path: torch.save({"state_dict": {"conv1.weight": torch.ones(1), "x": content}}, path), id="torch"),
+])
+@pytest.mark.parametrize("slot", SLOTS)
+def test_code_in_a_file_never_runs(slot, write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place, options, goes_on = SLOTS[slot]
+    trace, path = tmp_path / "code-ran", Path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parts[0] == "out":
+        (path.parent / results.FILE).touch()
+    write(Canary(trace), path)
+    trace.unlink(missing_ok=True)
+    code = cli.main(["train", "--dataset", "digits", "--per-class", "7", "--batch-size", "35", "--epochs", "1", "--student-depth", "10",
+                     "--device", "cpu", "--data", "data", "--out", "out", *options])
+    said = capsys.readouterr().err
+    assert not trace.exists() and "Traceback" not in said
+    assert code == (0 if goes_on and "holds no result" not in said else 2), said
+    if code:
+        assert said.splitlines()[-1].startswith("fastvid: error: ")
+    pickle.loads(pickle.dumps(Canary(trace)))
+    assert trace.exists(), "the canary must be alive"

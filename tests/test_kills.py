@@ -1,0 +1,153 @@
+"""Runs that are killed at random moments, started again, killed again: the final weights are those of an undisturbed run.
+
+    python -m pytest tests/test_kills.py --long      300 kills instead of a dozen
+
+Each start is a process of its own, forked from a server that has imported everything, so that it takes milliseconds. `kill` is SIGKILL
+after a random time, or where a random file of the output folder is opened, renamed or removed, which is in the middle of a save.
+"""
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvid import cli, results
+
+SETTINGS = {
+    "fp32-dali": ("--precision", "fp32", "--loader", "dali"), "bf16-dali": ("--precision", "bf16", "--loader", "dali"),
+    "fp32-torch": ("--precision", "fp32", "--loader", "torch"), "bf16-torch": ("--precision", "bf16", "--loader", "torch"),
+}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["fastvid.train", "fastvid.cli", "torch._dynamo", "nvidia.dali", "sklearn.datasets"])
+
+
+def command(folder, teacher, *more):
+    return ["train", "--device", "cpu", "--dataset", "digits", "--per-class", "5", "--validation-per-class", "1", "--batch-size", "16",
+            "--epochs", "6", "--evaluations", "3", "--teacher", teacher, "--teacher-depth", "10", "--student-depth", "10",
+            "--method", "student,fitnet,vid", "--checkpoint-every", "1epoch", *more, "--out", str(folder)]
+
+
+def work(argv, last_event, log):
+    """In a process of its own: run the command; after last_event file events in its output folder, if given, it is killed."""
+    sys.stderr = sys.stdout = open(log, "a", buffering=1)
+    torch.set_num_threads(1)  # two would wait for each other wherever something else has a core
+    if last_event is not None:
+        events = iter(range(last_event))
+
+        def on_event(name, arguments):
+            if name in ("open", "os.rename", "os.remove") and argv[-1] in str(arguments[0]) and next(events, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(on_event)
+    sys.exit(cli.main(argv))
+
+
+def start(argv, log, last_event=None):
+    process = SERVER.Process(target=work, args=(argv, last_event, str(log)))
+    process.start()
+    return process
+
+
+def finish(argv, log):
+    process = start(argv, log)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+
+
+def bits(folder):
+    found, notes = results.read(folder)
+    assert not notes
+    return {run.method: (run.weights_sha256, run.history) for run in found}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, teacher):
+    """undisturbed(name): (what a run of these settings ends with, its seconds, its file events)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            argv, log = command(folder / "out", teacher, *SETTINGS[name]), folder / "log"
+            began = time.monotonic()
+            finish(argv, log)
+            made[name] = bits(folder / "out"), time.monotonic() - began
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
+        name, tmp_path, teacher, undisturbed, long, figure):
+    if "dali" in name:
+        pytest.importorskip("nvidia.dali")
+    expected, seconds = undisturbed(name)
+    kills, torn, runs, choose = 0, 0, 0, random.Random(name)
+    while kills < (75 if long else 4):
+        runs += 1
+        folder, log = tmp_path / f"{runs}", tmp_path / f"{runs}.log"
+        argv, ended = command(folder, teacher, *SETTINGS[name]), False
+        while not ended:
+            by_event = choose.random() < 0.4
+            process = start(argv, log, choose.randrange(120) if by_event else None)
+            process.join(120 if by_event else choose.uniform(0, seconds))
+            process.kill()
+            process.join()
+            ended = process.exitcode == 0
+            kills += not ended
+            torn += any(folder.glob(".*.partial"))
+            assert ended or process.exitcode == -signal.SIGKILL, log.read_text()
+        assert bits(folder) == expected, log.read_text()
+        assert {path.suffix for path in folder.iterdir() if not path.name.startswith(".")} == {".safetensors", ".jsonl"}
+        assert not list(folder.glob(".*.partial"))
+    figure(f"SIGKILL, {name}", f"{runs} runs killed {kills} times, {torn} times in a write: all end with the bits of an undisturbed one")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_lose_nothing(
+        number, tmp_path, teacher, undisturbed, long, figure):
+    expected, seconds = undisturbed("bf16-torch")
+    slowest, count, choose = 0.0, 0, random.Random(number)
+    folder, runs = tmp_path / "0", 0
+    while count < (100 if long else 4):
+        folder, log = tmp_path / str(runs), tmp_path / f"{runs}.log"
+        argv, ended = command(folder, teacher, *SETTINGS["bf16-torch"]), False
+        while not ended:
+            process = start(argv, log)
+            process.join(choose.uniform(0.3, 1) * seconds)
+            asked = time.monotonic()
+            for _ in range(choose.choice((1, 1, 2, 3))):  # the second and third must not disturb what the first began
+                os.kill(process.pid, number) if process.exitcode is None else None
+                time.sleep(choose.uniform(0, 0.02))
+            process.join(60)
+            ended = process.exitcode == 0
+            if not ended:
+                count, slowest = count + 1, max(slowest, time.monotonic() - asked)
+                *_, line = log.read_text().splitlines()
+                assert process.exitcode in (128 + number, -number), log.read_text()
+                assert line.startswith("fastvid: stopped after") or "interrupted" in line or process.exitcode == -number, log.read_text()
+            assert "Traceback" not in log.read_text()
+        runs += 1
+        assert bits(folder) == expected, log.read_text()
+    assert slowest < 5
+    figure(signal.Signals(number).name, f"{runs} runs stopped {count} times, the slowest end after {slowest:.1f} s: the same bits")
+
+
+def test_a_second_process_on_a_folder_ends_within_two_seconds_and_names_the_first(tmp_path, figure):
+    import subprocess
+
+    out = tmp_path / "out"
+    with results.exclusive(results.open_folder(Path(out))):
+        began = time.monotonic()
+        second = subprocess.run([sys.executable, "-m", "fastvid", "train", "--dataset", "digits", "--out", str(out)],
+                                capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - began
+    assert second.returncode == 2 and f"another fastvid (process {os.getpid()} on " in second.stderr
+    assert seconds < 2 and second.stderr.count("\n") == 1
+    figure("second process", f"ends after {seconds:.1f} s")
