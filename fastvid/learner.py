@@ -123,7 +123,10 @@ class Learner:
         for name, value in parts.items():
             if not value.isfinite():
                 return f"the loss of {name} is {value.item()}"
-        sum(parts.values()).backward()
+        loss = torch.stack(list(parts.values())).sum()
+        if not loss.isfinite():
+            return f"the sum of its losses is {loss.item()}, the largest of them {max(parts, key=lambda name: abs(parts[name]))}"
+        loss.backward()
         gradients = ((name, parameter.grad) for name, parameter in student.named_parameters() if parameter.grad is not None)
         return next((f"the gradient of {name} is not finite" for name, gradient in gradients if not gradient.isfinite().all()), None)
 

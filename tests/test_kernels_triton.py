@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import attention, kd, launch, projected_vid, vid
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from interpreter import DEVICE
 from torch import Tensor
@@ -183,16 +183,17 @@ def allowed_mean_squared_error(prediction, target, number=1.0):
     return {"loss": Allowed((prediction - target).square().mean()), "prediction": Allowed(slope), "target": Allowed(slope)}
 
 
-def allowed_projected_vid_nll(hidden, weight, bias, target, raw_scale, eps=1e-5, number=1.0, dtype=fp32, fused=False):
-    """In the kernel d = ∂loss/∂mean is rounded once to the dtype of hidden. As a convolution the mean, the bias and all its gradients are
-    in that dtype, and d is rounded twice: before and after upstream."""
+def allowed_projected_vid_nll(hidden, weight, bias, target, raw_scale, eps=1e-5, number=1.0, factor=1.0, dtype=fp32, fused=False):
+    """In the kernel d = ∂loss/∂mean is rounded once to the dtype of hidden, in bf16 before it is multiplied by upstream, in fp16 after.
+    As a convolution the mean, the bias and all its gradients are in that dtype, and d is rounded twice: before and after upstream."""
     bias = torch.zeros_like(raw_scale) if bias is None else bias
     mean = F.conv2d(hidden, weight, bias)
     doubt = F.conv2d(hidden.abs(), weight.abs(), bias.abs()) + target.abs()
     lost = 0.0 if fused else ulp(mean, dtype) + ulp(bias, dtype)[:, None, None]
     slope, allowed = allowed_likelihood(mean - target, doubt, raw_scale, eps, lost)
     d, magnitude = (mean - target) * slope, doubt * slope
-    rounded = ulp(d * number, dtype) / number if fused else 2 * ulp(d * number, dtype) / number + slope * lost
+    before, after = (ulp(d * times, dtype) / times for times in (factor, number))
+    rounded = (before if dtype == bf16 else after) if fused else before + after + slope * lost
 
     def through(multiply):  # a convolution backward, of magnitudes
         exact = multiply(d.abs())
@@ -240,7 +241,7 @@ def check(op, inputs, *, wanted=None, layout="dense", upstream="1", factor=1.0, 
     if op == "projected_vid_nll":
         dtype = inputs["hidden"].dtype
         exact_inputs["weight"] = inputs["weight"].to(dtype).double()  # multiplied in that dtype by definition
-        special |= {"dtype": dtype, "fused": runs_in_kernel(inputs, wanted)}
+        special |= {"factor": factor, "dtype": dtype, "fused": runs_in_kernel(inputs, wanted)}
     exact = evaluate(op, exact_inputs, wanted=wanted, impl="reference", **options)
     allowed = globals()[f"allowed_{op}"](**exact_inputs, **special, number=number)
     for name, x in got.items():
@@ -345,6 +346,8 @@ def widths(draw):
        programs=st.sampled_from([512, 1]), with_target=st.sampled_from([False, False, False, True]),
        dtypes=st.tuples(st.sampled_from([bf16, fp16, bf16, fp16, fp32]), st.sampled_from([fp32, bf16, fp16])),
        **{name: USE[name] for name in ("times", "layout", "upstream", "factor", "seed")})
+@example(widths=(1, 1), positions=(1, 1, 1), bias=False, raw=[0.0, 3.0], eps=1e-5, programs=512, with_target=False, dtypes=(bf16, fp32),
+         times=(1.0, 1.0), layout="cat", upstream="stride-0", factor=1.0, seed=0)  # d and 3d lie on either side of a power of two
 def test_projected_vid_nll_of_drawn_maps_is_exact_enough(
         widths, positions, bias, raw, eps, programs, dtypes, with_target, times, layout, upstream, factor, seed):
     (channels, hidden), (batch, height, width) = widths, positions

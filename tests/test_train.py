@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvid import checkpoint, cli, datasets, results
+from fastvid import checkpoint, cli, datasets, results, signals
 from fastvid.config import CIRCUMSTANCES, FitNetOptions, TrainConfig, VIDOptions
 from fastvid.engine import GroupStep, evaluate
 from fastvid.errors import InputError, Interrupted
 from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, describe
-from fastvid.methods import build
+from fastvid.methods import build, vid
+from fastvid.run import Run
 from fastvid.train import is_evaluated, learning_rate, train
 from fastvid.wresnet import WideResNet, frozen
 
@@ -239,6 +240,99 @@ def test_the_command_stops_on_a_signal_says_how_to_go_on_and_does(tiny, number):
     assert cli.main(arguments(config)) == 0
     ((resumed,), _), (whole,) = results.read(Path(config.out)), train(tiny("whole", "student", epochs=12))
     assert bits(resumed) == bits(whole) and not resume.exists()
+
+
+@pytest.mark.parametrize("where", ["evaluation", "preparation"])
+def test_a_signal_in_work_that_changes_nothing_is_followed_at_once_and_the_work_made_up_for(tiny, monkeypatch, where):
+    (whole,), config = train(tiny("whole", "vid", evaluations=2)), tiny("broken", "vid", evaluations=2)
+    count, step, iterate = itertools.count(1), GroupStep.__call__, EvalLoader.__iter__
+
+    def prepare(self, *batch):
+        if next(count) == STEPS + 2:
+            with signals.leaving_at_once():
+                signal.raise_signal(signal.SIGINT)
+            pytest.fail("the handler did not raise")
+        step(self, *batch)
+
+    def evaluate_until_the_signal(self):
+        yield next(iterate(self))
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the handler did not raise")
+
+    with monkeypatch.context() as patch:
+        target = (GroupStep, "__call__", prepare) if where == "preparation" else (EvalLoader, "__iter__", evaluate_until_the_signal)
+        patch.setattr(*target)
+        with pytest.raises(Interrupted, match=f"stopped after step {STEPS + (where == 'preparation')} of {2 * STEPS}"):
+            train(config)
+    (resumed,) = train(config)
+    assert bits(resumed) == bits(whole) and resumed.history == whole.history and len(whole.history) == 2
+
+
+@pytest.mark.parametrize("every, saves", [("1epoch", [3, 6, 9, 12]), ("3epochs", [9, 12]), ("60min", [12]), ("0min", list(range(1, 13)))])
+def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny, monkeypatch, every, saves):
+    (whole,), seen, save = train(tiny("whole", "vid", epochs=4)), [], Run.save
+    monkeypatch.setattr(Run, "save", lambda self, position: seen.append(position) or save(self, position))
+    (run,) = train(tiny("saved", "vid", epochs=4, checkpoint_every=every))
+    assert seen == saves and bits(run) == bits(whole) and run.history == whole.history
+
+
+def test_a_state_of_another_version_is_refused_and_one_of_another_commit_told(tiny, interrupted, capsys):
+    config = tiny("a", "student")
+    interrupted(config, after=1)
+    path = Path(config.out, "student-5-seed0.resume")
+    state = checkpoint.load_state(path)
+    checkpoint.save_state(path, state | {"versions": state["versions"] | {"torch": "2.9.0"}})
+    with pytest.raises(InputError, match="was made with torch = 2.9.0, but now it is .*: install that version again, or delete the file"):
+        train(config)
+    checkpoint.save_state(path, state | {"commits": ["0123abc"]})
+    (run,) = train(config)
+    assert "student: begun by commit 0123abc, then " in capsys.readouterr().err
+    assert run.environment["commit"].startswith("0123abc, then ")
+
+
+def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
+    train(tiny("a", "student"))
+    monkeypatch.setattr("fastvid.__version__", "9.9")
+    with pytest.raises(InputError, match="holds results of fastvid .*, and this is 9.9: install that version again, or give another --out"):
+        train(tiny("a", "kd"))
+
+
+# --- numbers that are none
+
+def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_without_it(tiny):
+    (whole,) = train(tiny("whole", "student"))
+    with pytest.raises(InputError, match=r"vid diverged in step 1: the loss of vid at (stem|group\d) is (inf|nan); nothing of that"):
+        train(tiny("a", "student", "vid", vid=VIDOptions(weight=1e39)))
+    assert files_in(tiny("a", "student")) == ["results.jsonl", "student-5-seed0.resume"]
+    (student,) = train(tiny("a", "student"))
+    assert bits(student) == bits(whole) and student.history == whole.history
+
+
+def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_good_state_stays(tiny, monkeypatch):
+    config, forward, count = tiny("a", "student", epochs=4, checkpoint_every="1epoch"), WideResNet.forward, itertools.count(1)
+
+    def poisoned(self, images):
+        output = forward(self, images)
+        if self.training and next(count) > STEPS + 1:
+            self.fc.bias.register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WideResNet, "forward", poisoned)
+        with pytest.raises(InputError, match=f"student diverged in step {STEPS + 2}: the gradient of network.fc.bias is not finite"):
+            train(config)
+    state = checkpoint.load_state(Path(config.out, "student-5-seed0.resume"))
+    assert state["position"] == STEPS and all(value.isfinite().all() for value in state["learner"]["network"].values())
+    assert bits(*train(config)) == bits(*train(tiny("whole", "student", epochs=4)))
+
+
+def test_variances_at_their_floor_are_reported_once(tiny, monkeypatch, capsys):
+    paper = vid.VARIANTS["paper"]
+    monkeypatch.setitem(vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, initial_variance=1.001e-3))
+    train(tiny("a", "vid", evaluations=2, vid=VIDOptions(weight=1e-9)))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "floor" in line]
+    assert line == ("vid: variances have come to their floor after epoch 1: 16 of 16 at stem, 32 of 32 at group1, 64 of 64 at group2, "
+                    "128 of 128 at group3")
 
 
 # --- the protocol

@@ -1,0 +1,40 @@
+"""What fastvid needs, and that it fetches nothing by itself."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OFFLINE = """
+import sys
+
+def on_event(name, arguments):
+    if name in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+        print(name, arguments)
+        sys.stdout.flush()
+        import os
+        os._exit(9)
+
+sys.addaudithook(on_event)
+from fastvid import cli
+code = cli.main(sys.argv[1:])
+sys.exit(code)
+"""
+
+
+def test_every_dependency_and_every_extra_says_what_it_is_for():
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[\n(.*?)^\]$", text, re.DOTALL | re.MULTILINE)[1].splitlines()
+    extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", text, re.DOTALL | re.MULTILINE)[1].splitlines()
+    assert len(needed) <= 6
+    assert [line for line in needed + extras if line.strip() and not re.search(r"[,\]]\s+# \S", line)] == []
+
+
+def test_nothing_is_fetched_unless_asked_for(tmp_path):
+    train = ["train", "--dataset", "digits", "--per-class", "5", "--batch-size", "50", "--epochs", "1", "--student-depth", "10",
+             "--device", "cpu", "--out", str(tmp_path / "out")]
+    for command, code in ((train, 0), (["report", str(tmp_path / "out")], 0), (["doctor"], 0),
+                          (["train", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "b")], 2)):
+        ran = subprocess.run([sys.executable, "-c", OFFLINE, *command], capture_output=True, text=True, check=False)
+        assert ran.returncode == code, (ran.stdout[-300:], ran.stderr[-300:])
