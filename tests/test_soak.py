@@ -32,7 +32,8 @@ def look(process):
 def test_memory_files_and_threads_stay_as_they_are(cifar10_root, teacher_file, tmp_path, long, figure):
     seconds, warm_up = (3600 + 600, 600) if long else (50, 20)
     size = ("--method", "student,vid") if long else ("--method", "student", "--student-depth", "10", "--batch-size", "20")
-    often = ("--evaluations", "20000", "--checkpoint-every", "1min") if long else ("--evaluations", "200000", "--checkpoint-every", "5epochs")
+    evaluations, every = ("20000", "1min") if long else ("200000", "5epochs")
+    often = ("--evaluations", evaluations, "--checkpoint-every", every)
     command = [sys.executable, "-m", "fastvid", "train", *size, *often, "--data", str(cifar10_root), "--teacher", str(teacher_file),
                "--per-class", "100", "--epochs", "1000000", "--engine", "eager", "--device", "cpu", "--out", str(tmp_path / "out")]
     seen = []
