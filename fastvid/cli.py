@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -11,7 +13,7 @@ import types
 from functools import cache, partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import fastvid
 from fastvid import results, signals
@@ -43,14 +45,26 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _refuse("out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks")
     except RankLost as error:
-        print(f"fastvid: {error}", file=sys.stderr)
+        _tell(f"fastvid: {error}")
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
         interrupted = isinstance(error, Interrupted)
         message = str(error) if interrupted else "interrupted: the same command starts again where it was"
         if message:
-            print(f"{_who()}: {message}", file=sys.stderr)
+            _tell(f"{_who()}: {message}")
         return 128 + (error.number if interrupted else SIGTERM if isinstance(error, signals.Terminated) else SIGINT)
+
+
+def program() -> NoReturn:
+    """The process `fastvid`, or one of those that torchrun started."""
+    code = main()
+    signals.ignore()  # it ends
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else it could abort on its way out, over a thread of gloo that is still there
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _who() -> str:
@@ -60,8 +74,13 @@ def _who() -> str:
 
 
 def _refuse(message: str) -> int:
-    print(f"{_who()}: error: {' '.join(message.split())}", file=sys.stderr)
+    _tell(f"{_who()}: error: {' '.join(message.split())}")
     return 2
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody can be told
+        print(line, file=sys.stderr)
 
 
 def _train(args: argparse.Namespace) -> None:

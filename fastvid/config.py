@@ -63,7 +63,7 @@ class ATOptions:
     """weight of the summed attention-map losses of groups 1, 2, 3"""
 
 
-_INTERVAL = re.compile(r"(?P<minutes>\d+(\.\d+)?)min|(?P<epochs>[1-9]\d*)epochs?")
+_INTERVAL = re.compile(r"(?P<minutes>\d{1,9}(\.\d{1,9})?)min|(?P<epochs>[1-9]\d{0,8})epochs?")
 
 VID_WEIGHTS = {  # λ, on the sum over taps of losses averaged over elements
     "paper": 10.0,  # our choice, the paper's is not known to us: in short CIFAR-10 runs 1 left the variances where they start, 30 diverged

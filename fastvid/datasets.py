@@ -201,7 +201,8 @@ def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
 def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
     spec = _CIFAR[name]
     md5s = (*getattr(spec, split).values(), spec.meta[1])
-    return _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256.get(split))
+    found = _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256.get(split))
+    return replace(found, mean=spec.mean, std=spec.std)  # whatever the cache says
 
 
 def _read_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:

@@ -1,6 +1,7 @@
 """One network in training: with its method, its optimizer, and the running sums of its losses."""
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import AbstractContextManager
 
@@ -12,6 +13,7 @@ from torch.profiler import record_function
 from fastvid.config import TrainConfig
 from fastvid.device import autocast
 from fastvid.distributed import ALONE, Ranks
+from fastvid.errors import InputError
 from fastvid.methods import Method, Terms
 from fastvid.wresnet import Activations, WideResNet
 
@@ -107,8 +109,11 @@ class Learner:
         self.learning_rate.fill_(value)
 
     def losses(self, images: int, ranks: Ranks = ALONE) -> tuple[float, float]:
-        """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device."""
+        """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device. InputError when not finite."""
         task, transfer = (ranks.sum(self.loss_sums) / images).tolist()
+        if not math.isfinite(task + transfer):  # a sum of finite ones may overflow
+            raise InputError(f"{self.name} diverged: task loss {task}, transfer loss {transfer} over an epoch; lower its weight or "
+                             "--learning-rate, set --clip-norm, or leave it out")
         return task, transfer
 
     def failed_steps(self) -> int:
@@ -141,9 +146,13 @@ class Learner:
                 "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
 
     def load_state(self, state: dict) -> None:
-        """Before the first step: an optimizer that loads replaces its tensors."""
+        """Before the first step: an optimizer that loads replaces its tensors. Raises ValueError when a momentum fits no parameter."""
         for part in ("network", "method", "optimizer", "scaler"):
             getattr(self, part).load_state_dict(state[part])
+        for parameter in self.parameters if self.optimizer.defaults["momentum"] else ():
+            momentum = self.optimizer.state[parameter]["momentum_buffer"]
+            if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:  # the fused step would write beyond it
+                raise ValueError(f"a momentum is {momentum.dtype} {tuple(momentum.shape)}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.loss_sums.copy_(state["loss_sums"])

@@ -34,7 +34,7 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
         activities = [ProfilerActivity.CUDA] if on_gpu else []
         if not step.mode.captured:  # whose host does nothing but launch it
             activities.append(ProfilerActivity.CPU)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns that it keeps one cycle
             _run(step, batches, STEPS)
     averages = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU

@@ -24,7 +24,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._least_seconds, self._text = least_seconds, ""
         self._bar = None
-        if sys.stderr.isatty() and not _muted:
+        if sys.stderr is not None and sys.stderr.isatty() and not _muted:
             self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False,
                              bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}")
         self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
@@ -60,8 +60,8 @@ class Progress:
 
 def say(text: str) -> None:
     """One line to the person, above the bar if there is one."""
-    if _muted:
+    if _muted or sys.stderr is None:
         return
-    with contextlib.suppress(BrokenPipeError):  # nobody reads on; the training shall not end for that
+    with contextlib.suppress(OSError):  # nobody reads on, or the log's disk is full; the training shall not end for that
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()

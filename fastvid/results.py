@@ -162,7 +162,7 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
             continue
         try:
             results.append(_parse(json.loads(line)))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             notes.append(f"{path}, line {number}: not a whole result, skipped; its run will be made again")
     if not results and any(line.strip() for line in lines[:-1]):  # the last one may be torn
         raise InputError(f"{path} holds no result that this version of fastvid can read: give another folder")
@@ -174,12 +174,17 @@ def _parse(entry: dict) -> RunResult:
         raise ValueError("its checksum does not match")
     result = RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
     for part in (result, *result.history):
-        for name, kind in get_type_hints(type(part)).items():
-            if not _is_a(getattr(part, name), kind):
-                raise TypeError(f"{name} is {getattr(part, name)!r}")
+        check_types(part)
     if not result.history or result.evaluated_on not in ("test", "validation"):
         raise ValueError("no learning curve, or none on a known split")
     return result
+
+
+def check_types(part: RunResult | Evaluation) -> None:
+    """Raises TypeError for a value that is not of its field's type."""
+    for name, kind in get_type_hints(type(part)).items():
+        if not _is_a(getattr(part, name), kind):
+            raise TypeError(f"{name} is {getattr(part, name)!r}")
 
 
 def _is_a(value: object, kind: Any) -> bool:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import subprocess
 import time
 import zlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import fastvid
 from fastvid import checkpoint, results
@@ -50,6 +53,7 @@ class Run:
         self.learner = self._new_learner(teacher)
         self.position, self.history = 0, []
         self.commits = [environment(device)["commit"]]
+        self.group = [self.method]
         self._floored: set[str] = set()
         self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
         if self.resume_path.exists():
@@ -91,13 +95,19 @@ class Run:
         loss_sums = self.ranks.sum(self.learner.loss_sums)
         if not self.ranks.first:
             return
+        self._require_finite(self.learner.tensors())
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
             "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
-            "versions": _versions(self.device), "commits": self.commits,
+            "versions": _versions(self.device), "commits": self.commits, "group": self.group,
             "ranks": self.ranks.world_size, "position": position, "history": history,
             "learner": {**self.learner.state(), "loss_sums": loss_sums},
             **{name: getattr(self, name) for name in _CLOCKS}})
+
+    def _require_finite(self, tensors: Iterable[Tensor]) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise InputError(f"{self.method} diverged: its weights are not finite after step {self.position:,}; nothing of that was saved: "
+                             "lower its weight or --learning-rate, set --clip-norm, or leave it out")
 
     def _load(self) -> None:
         state = checkpoint.load_state(self.resume_path)
@@ -111,8 +121,9 @@ class Run:
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
             _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
             _require_same(state["versions"], _versions(self.device), self.resume_path, "install that version again, or delete the file")
-            if state["commits"] != self.commits:
-                self.commits = [*state["commits"], *self.commits]
+            now, self.commits = self.commits, list(state["commits"])
+            if self.commits[-1:] != now:
+                self.commits += now
                 say(f"{self.method}: begun by commit {', then '.join(map(str, self.commits))}: its result will say so")
             self.learner.load_state(state["learner"])
             if not self.ranks.first:  # the sums are those of all ranks
@@ -120,20 +131,26 @@ class Run:
             self.position = int(state["position"])
             for name in _CLOCKS:
                 setattr(self, name, float(state[name]))
+            self.group = [str(name) for name in state["group"]]
             self.history = [Evaluation(**point) for point in state["history"]]
+            for point in self.history:
+                results.check_types(point)
+            if not all(math.isfinite(getattr(self, name)) for name in _CLOCKS):
+                raise ValueError("seconds that are none")
             steps = self.config.epochs * -(-len(self.data.train) // self.config.batch_size)
             if not 0 <= self.position <= steps:
                 raise ValueError(f"step {self.position} of {steps}")
         except InputError:
             raise
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.resume_path} is no resume state of this version ({error}): delete it") from error
 
-    def finish(self, group: list[Run], teacher_accuracy: float | None) -> RunResult:
+    def finish(self, teacher_accuracy: float | None) -> RunResult:
         """Write the final weights and the result, then drop the resume state."""
         config, data, learner, last = self.config, self.data, self.learner, self.history[-1]
         tensors = dict(learner.network.state_dict())
         tensors |= {checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()}
+        self._require_finite(tensors.values())
         weights = self.resume_path.with_suffix(".safetensors")
         weights_sha256 = checkpoint.save_weights(weights, tensors, {
             "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
@@ -144,7 +161,7 @@ class Run:
             accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=data.evaluated_on,
             train_images=len(data.train), steps=self.position, seconds=self.seconds,
             images_per_second=len(data.train) * config.epochs / self.seconds,
-            group=[run.method for run in group], history=self.history, weights=weights.name, weights_sha256=weights_sha256,
+            group=self.group, history=self.history, weights=weights.name, weights_sha256=weights_sha256,
             data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))),
             environment={

@@ -23,16 +23,10 @@ class Stop:
     """Whether somebody has asked to end, and by which signal."""
 
     def __init__(self) -> None:
-        self.number = signal.SIGINT
-        self._event = threading.Event()
-
-    def set(self, number: int | None = None) -> None:
-        if number is not None:
-            self.number = signal.Signals(number)
-        self._event.set()
+        self.number: int | None = None  # no lock: a second signal may come while the first is handled
 
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return self.number is not None
 
 
 _at_once = False
@@ -63,11 +57,11 @@ def stop_on_signal(among_ranks: bool) -> Iterator[Stop]:
     end.daemon = True
 
     def on_signal(number: int, _) -> None:
-        if among_ranks and not stop:
+        first, stop.number = not stop, number
+        if among_ranks and first:
             end.start()
-        stop.set(number)
         if _at_once:
-            raise KeyboardInterrupt
+            _leave(number)
 
     previous = {number: signal.signal(number, on_signal) for number in NUMBERS}
     try:
@@ -80,11 +74,18 @@ def stop_on_signal(among_ranks: bool) -> Iterator[Stop]:
 
 def raise_on_sigterm() -> None:
     """SIGTERM is to SIGINT's KeyboardInterrupt what 143 is to 130. Outside the main thread: nothing."""
-    def on_signal(*_) -> None:
-        raise Terminated
-
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGTERM, lambda number, _: _leave(number))
+
+
+def ignore() -> None:
+    """From now on, for a process that ends anyway."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _leave(number: int) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _end_now() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -85,7 +86,7 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
             if teacher is not None and known is None:
                 known = evaluate(teacher.to(device), EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
             for run in group:
-                finished[run.method] = run.finish(group, known)
+                finished[run.method] = run.finish(known)
                 say(summary(finished[run.method]))
         finished = ranks.from_first(finished)
     return [finished[name] for name in config.method]
@@ -133,6 +134,9 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                         run.evaluate(epochs, means, step, test)
                     bar.status("  ".join(f"{run.method} {run.history[-1].accuracy:.1f}" for run in group))
 
+        if done < steps:
+            for run in group:
+                run.group = [other.method for other in group]
         evaluate_if_due()
         stopping = ranks.any(bool(stop))
         while done < steps and not stopping:
@@ -149,10 +153,10 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                     raise
                 done += 1
                 bar.advance(images)
-                if on_cpu and any(run.learner.failed_steps() for run in group):
-                    break
-                if (on_cpu or done % ranks.steps_between_questions == 0) and ranks.any(bool(stop) or is_overdue()):
-                    break
+                if on_cpu or done % ranks.steps_between_questions == 0:  # the same on all ranks, as what follows
+                    failed = on_cpu and any(run.learner.failed_steps() for run in group)
+                    if ranks.any(bool(stop) or is_overdue() or failed):
+                        break
             epochs, rest = divmod(done, plan.steps_per_epoch)
             counted = config.checkpoint_epochs and not rest and epochs % config.checkpoint_epochs == 0
             stopping = ranks.any(bool(stop))
@@ -172,9 +176,10 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                 for run in group:
                     run.save(done)
                 saved_at = time.monotonic()
+                stopping = ranks.any(bool(stop))  # also when the signal came while it was saved
         if stopping:
             said = f"stopped after step {done:,} of {steps:,}, all is saved in {config.out}: the same command goes on from there"
-            raise Interrupted(said if ranks.first else "", stop.number)
+            raise Interrupted(said if ranks.first else "", stop.number or signal.SIGTERM)
 
 
 def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLoader, plan: BatchPlan, done: int, ranks: Ranks) -> None:

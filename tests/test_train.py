@@ -206,6 +206,12 @@ def test_a_resume_state_of_another_configuration_is_refused_and_kept(tiny, inter
     pytest.param(lambda path: torch.save(torch.ones(3), path), "is no resume state of this version .*: delete it", id="a-tensor"),
     pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"learner": {}}, path), "is no resume state of this version",
                  id="parts-missing"),
+    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"position": math.inf}, path), "is no resume state of this version",
+                 id="no-position"),
+    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"seconds": math.nan}, path), "is no resume state of this version",
+                 id="no-seconds"),
+    pytest.param(lambda path: torch.save(with_a_short_momentum(checkpoint.load_state(path)), path), "is no resume state of this version",
+                 id="momentum-of-another-shape"),
     pytest.param(lambda path: torch.save(without_one_group(checkpoint.load_state(path)), path), "is no resume state of this version",
                  id="optimizer"),
 ])
@@ -215,6 +221,11 @@ def test_a_resume_state_that_cannot_be_read_is_named_with_the_remedy(tiny, inter
     damage(resume)
     with pytest.raises(InputError, match=f"{resume}:? {phrase}"):
         train(tiny("a", "vid"))
+
+
+def with_a_short_momentum(state):
+    state["learner"]["optimizer"]["state"][0]["momentum_buffer"] = torch.ones(3)
+    return state
 
 
 def without_one_group(state):
@@ -268,6 +279,22 @@ def test_a_signal_in_work_that_changes_nothing_is_followed_at_once_and_the_work_
     assert bits(resumed) == bits(whole) and resumed.history == whole.history and len(whole.history) == 2
 
 
+def test_a_signal_while_the_last_state_is_saved_is_followed_too(tiny, monkeypatch):
+    config, save = tiny("a", "student"), Run.save
+
+    def save_and_signal(self, position):
+        save(self, position)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a second one disturbs nothing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save_and_signal)
+        with pytest.raises(Interrupted, match=f"stopped after step {2 * STEPS} of {2 * STEPS}") as caught:
+            train(config)
+    assert caught.value.number == signal.SIGTERM
+    assert bits(*train(config)) == bits(*train(tiny("whole", "student")))
+
+
 @pytest.mark.parametrize("every, saves", [("1epoch", [3, 6, 9, 12]), ("3epochs", [9, 12]), ("60min", [12]), ("0min", list(range(1, 13)))])
 def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny, monkeypatch, every, saves):
     (whole,), seen, save = train(tiny("whole", "vid", epochs=4)), [], Run.save
@@ -306,6 +333,13 @@ def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_with
     assert files_in(tiny("a", "student")) == ["results.jsonl", "student-5-seed0.resume"]
     (student,) = train(tiny("a", "student"))
     assert bits(student) == bits(whole) and student.history == whole.history
+
+
+def test_a_sum_of_losses_that_overflows_is_refused_and_leaves_no_result(tiny):
+    config = tiny("a", "vid", vid=VIDOptions(weight=2e37), learning_rate=0.0)
+    with pytest.raises(InputError, match="vid diverged: task loss .*, transfer loss inf over an epoch; lower its weight"):
+        train(config)
+    assert results.read(Path(config.out)) == ([], [])
 
 
 def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_good_state_stays(tiny, monkeypatch):
