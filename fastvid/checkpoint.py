@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     metadata: dict
-    """what save_weights was given, and its checksums; {} in files of other programs"""
+    """what save_weights was given, and `tensors_sha256`; {} in files of other programs"""
     sha256: str
     """of the file"""
     verified: bool

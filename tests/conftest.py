@@ -1,10 +1,14 @@
 """Real inputs that several test files share; a test that needs one which is not here is skipped, and says so."""
+import dataclasses
+import hashlib
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import interpreter  # first: it decides how Triton defines its kernels
+import numpy as np
 import pytest
 import torch
 from torch._functorch import config as functorch_config
@@ -19,7 +23,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"  # beside the che
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="as many kills, mutants and minutes as tests/README.md reports")
+    parser.addoption("--long", action="store_true", help="300 kills, 200 signals and an hour of soak")
     parser.addoption("--figures", metavar="FILE", help="append what the tests of survival measured, as Markdown rows")
 
 
@@ -66,6 +70,27 @@ def cifar10_train(cifar10_root):
 @pytest.fixture(scope="session")
 def cifar10_test(cifar10_root):
     return datasets.load("cifar10", cifar10_root, "test")
+
+
+@pytest.fixture
+def cifar100_root(tmp_path, monkeypatch):
+    """Small files in the official CIFAR-100 format, whose md5 stand in for the published ones."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+
+    def split(images):
+        return {"data": random.integers(0, 256, (images, 3072)).astype(np.uint8), "fine_labels": [i % 3 for i in range(images)],
+                "coarse_labels": [7] * images, "filenames": ["x.png"] * images, "batch_label": "batch"}
+
+    content = {"train": split(6), "test": split(4),
+               "meta": {"fine_label_names": ["apple", "fish", "baby"], "coarse_label_names": ["thing"]}}
+    for file, value in content.items():
+        (folder / file).write_bytes(pickle.dumps(value, protocol=2))
+    md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
+    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(
+        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

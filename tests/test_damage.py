@@ -1,6 +1,5 @@
 """Files that were damaged on their way, and files that were made to do harm: none loads silently different, none runs code."""
 import dataclasses
-import hashlib
 import pickle
 import random
 import shutil
@@ -10,36 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_results import RESULT
 
 from fastvid import cache, checkpoint, cli, datasets, results
 from fastvid.errors import InputError
-from fastvid.results import Evaluation, RunResult
 from fastvid.wresnet import WideResNet
 
 MUTANTS = 3000  # of each type of file
-
-RESULT = RunResult(
-    dataset="digits", method="vid", percent=5.0, per_class=7, seed=0, accuracy=61.2, best_accuracy=63.0, evaluated_on="test",
-    train_images=70, steps=120, seconds=3.25, images_per_second=861.5, group=["student", "vid"],
-    history=[Evaluation(1, 40.0, 2.25, 33.5, {"stem": [4.8, 4.9, 5.0]}), Evaluation(2, 61.2, 1.5, 30.25, {"stem": [4.1, 4.2, 4.3]})],
-    weights="vid-7-seed0.safetensors", weights_sha256="ab" * 32, data_sha256="da" * 32, teacher_sha256="cd" * 32, teacher_accuracy=97.0,
-    config={"method": ["vid"], "vid": {"weight": None}}, environment={"torch": "2.15.0"})
-
-
-@pytest.fixture
-def cifar(tmp_path, monkeypatch):
-    """Small files in the official CIFAR-100 format, whose md5 stand in for the published ones."""
-    folder, draw = tmp_path / "cifar-100-python", np.random.default_rng(0)
-    folder.mkdir()
-    content = {"meta": {"fine_label_names": ["apple", "fish", "baby"]}}
-    for split in ("train", "test"):
-        content[split] = {"data": draw.integers(0, 256, (9, 3072), dtype=np.uint8), "fine_labels": [0, 1, 2] * 3}
-    for file, value in content.items():
-        (folder / file).write_bytes(pickle.dumps(value, protocol=2))
-    md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(
-        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])))
-    return tmp_path
 
 
 def network():
@@ -58,19 +34,19 @@ def flat(value):
     return [flat(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def weights_file(folder, cifar):
+def weights_file(folder, cifar100_root):
     path = folder / "a.safetensors"
     checkpoint.save_weights(path, network().state_dict(), {"classes": ["a", "b"], "accuracy": 91.22, "dataset": "digits"})
     return path, lambda: flat([(w := checkpoint.load_weights(path)).tensors, {**w.metadata, "verified": None}])
 
 
-def torch_file(folder, cifar):
+def torch_file(folder, cifar100_root):
     path = folder / "a.pth"
     torch.save({"state_dict": network().state_dict()}, path)
     return path, lambda: flat(checkpoint.load_weights(path).tensors)
 
 
-def resume_file(folder, cifar):
+def resume_file(folder, cifar100_root):
     path, state = folder / "a.resume", network().state_dict()
     checkpoint.save_state(path, {"identity": {"method": ["vid"], "learning_rate": 0.1}, "position": 12, "seconds": 3.5, "ranks": 1,
                                  "history": [dataclasses.asdict(point) for point in RESULT.history],
@@ -78,17 +54,17 @@ def resume_file(folder, cifar):
     return path, lambda: flat(checkpoint.load_state(path))
 
 
-def data_file(folder, cifar):
+def data_file(folder, cifar100_root):
     def load():
-        shutil.rmtree(cifar / datasets.CACHE, ignore_errors=True)
-        return read_cifar(cifar)
+        shutil.rmtree(cifar100_root / datasets.CACHE, ignore_errors=True)
+        return read_cifar(cifar100_root)
 
-    return cifar / "cifar-100-python" / "train", load
+    return cifar100_root / "cifar-100-python" / "train", load
 
 
-def data_cache(folder, cifar):
-    read_cifar(cifar)
-    return cifar / datasets.CACHE / "cifar100-train.safetensors", lambda: read_cifar(cifar)
+def data_cache(folder, cifar100_root):
+    read_cifar(cifar100_root)
+    return cifar100_root / datasets.CACHE / "cifar100-train.safetensors", lambda: read_cifar(cifar100_root)
 
 
 def read_cifar(root):
@@ -96,7 +72,7 @@ def read_cifar(root):
     return flat([arrays.images, arrays.labels, arrays.class_names, arrays.mean, arrays.std])
 
 
-def results_file(folder, cifar):
+def results_file(folder, cifar100_root):
     """Each line that loads is one of those that were written; for each that does not there is a note, or it was cut off whole."""
     for seed in range(4):
         results.append(folder, dataclasses.replace(RESULT, seed=seed, accuracy=60.0 + seed))
@@ -143,8 +119,8 @@ FILES = [weights_file, torch_file, resume_file, data_file, data_cache, results_f
 
 
 @pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
-def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar, capsys, figure):
-    path, load = make(tmp_path, cifar)
+def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar100_root, capsys, figure):
+    path, load = make(tmp_path, cifar100_root)
     expected, whole = load(), path.read_bytes()
     refused, slowest = 0, 0.0
     for kind, mutant in mutants(whole, MUTANTS, make.__name__):
@@ -170,17 +146,17 @@ def test_a_cut_of_a_results_file_between_two_lines_is_an_earlier_state_of_it(tmp
 
 # --- whole files, in another's place
 
-def test_swapped_files_of_a_data_set_or_of_its_cache_are_noticed(cifar):
-    expected = read_cifar(cifar)
-    kept, folder = cifar / datasets.CACHE, cifar / "cifar-100-python"
-    test = datasets.load("cifar100", cifar, "test")
+def test_swapped_files_of_a_data_set_or_of_its_cache_are_noticed(cifar100_root):
+    expected = read_cifar(cifar100_root)
+    kept, folder = cifar100_root / datasets.CACHE, cifar100_root / "cifar-100-python"
+    test = datasets.load("cifar100", cifar100_root, "test")
     shutil.copy(kept / "cifar100-test.safetensors", kept / "cifar100-train.safetensors")
-    assert read_cifar(cifar) == expected
+    assert read_cifar(cifar100_root) == expected
     shutil.rmtree(kept)
     shutil.copy(folder / "test", folder / "train")
     with pytest.raises(InputError, match="train: md5 is .* damaged or another file"):
-        read_cifar(cifar)
-    assert len(test) == 9
+        read_cifar(cifar100_root)
+    assert len(test) == 4
 
 
 def test_a_cache_of_official_cifar10_with_other_images_is_not_believed(cifar10_root, cifar10_test, tmp_path):

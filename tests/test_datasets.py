@@ -1,5 +1,3 @@
-import dataclasses
-import hashlib
 import os
 import pickle
 import subprocess
@@ -55,27 +53,6 @@ def test_channel_statistics_are_mean_and_standard_deviation_over_all_pixels():
 
 def test_standard_deviation_of_a_constant_channel_stays_above_zero():
     assert min(channel_statistics(np.zeros((2, 32, 32, 3), np.uint8))[1]) > 0
-
-
-@pytest.fixture
-def cifar100_root(tmp_path, monkeypatch):
-    """Small files in the official CIFAR-100 format, whose md5 stand in for the published ones."""
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-
-    def split(images):
-        return {"data": random.integers(0, 256, (images, 3072)).astype(np.uint8), "fine_labels": [i % 3 for i in range(images)],
-                "coarse_labels": [7] * images, "filenames": ["x.png"] * images, "batch_label": "batch"}
-
-    content = {"train": split(6), "test": split(4),
-               "meta": {"fine_label_names": ["apple", "fish", "baby"], "coarse_label_names": ["thing"]}}
-    for file, value in content.items():
-        (folder / file).write_bytes(pickle.dumps(value, protocol=2))
-    md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
-    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(
-        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])))
-    return tmp_path
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

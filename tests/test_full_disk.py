@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import torch
-from test_damage import RESULT
+from test_results import RESULT
 
 from fastvid import cache, checkpoint, cli, results
 from fastvid.errors import InputError
