@@ -184,7 +184,7 @@ def test_distribution_has_its_name_extras_command_and_version():
     assert {"cuda13", "cuda12", "demo", "plot", "test"} <= set(distribution.metadata.get_all("Provides-Extra"))
     assert distribution.metadata["License-Expression"] == "MIT"
     commands = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
-    assert commands == {"fastvid": "fastvid.cli:main"}
+    assert commands == {"fastvid": "fastvid.cli:program"}
     assert callable(importlib.import_module("fastvid.cli").main)
 
 
