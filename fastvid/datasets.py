@@ -108,7 +108,7 @@ class _Cifar:
     torchvision_class: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    sha256: dict[str, str]  # Arrays.sha256 of the official splits, against a cache that another made
+    sha256: dict[str, str]  # Arrays.sha256 of the official splits, against a cache that another made; a split without is not cached
 
 
 _CIFAR = {
@@ -200,8 +200,10 @@ def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
 
 def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
     spec = _CIFAR[name]
+    if split not in spec.sha256:  # nothing to hold a cache against
+        return _read_cifar(spec, root, split, download)
     md5s = (*getattr(spec, split).values(), spec.meta[1])
-    found = _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256.get(split))
+    found = _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256[split])
     return replace(found, mean=spec.mean, std=spec.std)  # whatever the cache says
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -26,17 +27,25 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
                          "make room there or choose another folder, then start again") from error
     finally:
         with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
             temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself must survive a power cut. Some file systems cannot sync a folder, and keep order without."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
 
 
 def _is_alive(process: int) -> bool:

@@ -17,6 +17,8 @@ from fastvid.errors import InputError
 from fastvid.methods import Method, Terms
 from fastvid.wresnet import Activations, WideResNet
 
+LEAST_SCALE = 2.0**-14  # of the loss in fp16: 30 skipped steps below where it starts
+
 
 class Student(nn.Module):
     """Network and method as one module, so that one wrapper sees every parameter: `(images, taught, labels)` -> Terms."""
@@ -119,6 +121,14 @@ class Learner:
     def failed_steps(self) -> int:
         """How many steps of this start were not made, since their or an earlier one's losses or gradients are not finite. Waits."""
         return int(self._failed_steps)
+
+    def has_failed(self) -> bool:
+        """Whether it stands still. Waits for the device."""
+        return self.failed_steps() > 0 or self.scale_is_lost()
+
+    def scale_is_lost(self) -> bool:
+        """Whether gradients in fp16 were not finite at smaller and smaller scales of the loss, so that step after step was skipped. Waits."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
 
     def first_not_finite(self, images: Tensor, taught: Activations | None, labels: Tensor) -> str | None:
         """What comes out of a step on this batch that is not finite: the name of a part of the loss, or of a parameter's gradient."""

@@ -1,6 +1,7 @@
 """From the JSON lines of an output folder to table.md, table.csv, curves.png and accuracy.png."""
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from fastvid import results, table
@@ -15,23 +16,31 @@ def report(folder: Path) -> str:
     Raises InputError when there is nothing to report or the files cannot be written.
     """
     found, remarks = _read(folder)
+    try:
+        markdown, files = _render(found)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # what no checksum and no type rules out
+        raise InputError(f"{folder / results.FILE} holds settings that fastvid never writes ({error}): take out the lines that are "
+                         "not its own") from error
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    if not any(name.endswith(".png") for name in files):
+        remarks = ["no plots: pip install 'fastvid-distill[plot]'", *remarks]
+    return "\n".join([markdown, *(f"wrote {folder / name}" for name in files), *remarks])
+
+
+def _render(found: list[RunResult]) -> tuple[str, dict[str, bytes]]:
+    """The tables, and every file by its name. No plots without Matplotlib."""
     sections = table.sections(found)
     markdown = "\n".join(table.markdown(section) for section in sections)
     files = {"table.md": markdown.encode(), "table.csv": table.as_csv(sections).encode()}
-    try:
-        import matplotlib  # noqa: F401  optional
-    except ImportError:
-        remarks = ["no plots: pip install 'fastvid-distill[plot]'", *remarks]
-    else:
+    with contextlib.suppress(ImportError):
         from fastvid import plots
 
         for section in sections:
             suffix = f"-{section.dataset}-{section.evaluated_on}" if len(sections) > 1 else ""
             files[f"curves{suffix}.png"] = plots.curves(section)
             files[f"accuracy{suffix}.png"] = plots.bars(section)
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return "\n".join([markdown, *(f"wrote {folder / name}" for name in files), *remarks])
+    return markdown, files
 
 
 def _read(folder: Path) -> tuple[list[RunResult], list[str]]:

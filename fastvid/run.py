@@ -52,7 +52,7 @@ class Run:
         self.folder, self.resume_path = Path(config.out), resume_file(config)
         self.learner = self._new_learner(teacher)
         self.position, self.history = 0, []
-        self.commits = [environment(device)["commit"]]
+        self.origins = [{**{name: environment(device)[name] for name in ("commit", "device", "threads")}, "engine": engine}]
         self.group = [self.method]
         self._floored: set[str] = set()
         self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
@@ -99,7 +99,7 @@ class Run:
         history = [dataclasses.asdict(point) for point in self.history]
         checkpoint.save_state(self.resume_path, {
             "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
-            "versions": _versions(self.device), "commits": self.commits, "group": self.group,
+            "versions": _versions(self.device), "origins": self.origins, "group": self.group,
             "ranks": self.ranks.world_size, "position": position, "history": history,
             "learner": {**self.learner.state(), "loss_sums": loss_sums},
             **{name: getattr(self, name) for name in _CLOCKS}})
@@ -121,10 +121,12 @@ class Run:
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
             _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
             _require_same(state["versions"], _versions(self.device), self.resume_path, "install that version again, or delete the file")
-            now, self.commits = self.commits, list(state["commits"])
-            if self.commits[-1:] != now:
-                self.commits += now
-                say(f"{self.method}: begun by commit {', then '.join(map(str, self.commits))}: its result will say so")
+            (now,), self.origins = self.origins, [dict(origin) for origin in state["origins"]]
+            before = self.origins[-1]
+            changed = [f"{name} was {before[name]} and is {value}" for name, value in now.items() if before[name] != value]
+            if changed:
+                self.origins.append(now)
+                say(f"{self.method} was begun elsewhere, so other bits may come of it, and its result will say so: {', '.join(changed)}")
             self.learner.load_state(state["learner"])
             if not self.ranks.first:  # the sums are those of all ranks
                 self.learner.loss_sums.zero_()
@@ -165,12 +167,18 @@ class Run:
             data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))),
             environment={
-                **environment(self.device), "commit": ", then ".join(map(str, self.commits)) if any(self.commits) else None,
-                "loader": describe(config.loader), "engine": self.engine, "ranks": self.ranks.world_size},
+                **environment(self.device), **{name: self._origin(name) for name in self.origins[0]},
+                "loader": describe(config.loader), "ranks": self.ranks.world_size},
             preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds, peak_memory=peak_memory(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
+
+
+    def _origin(self, name: str) -> object:
+        """Where this run was made, as its result tells: what it is, or "A, then B" where it changed on the way."""
+        values = list(dict.fromkeys(origin[name] for origin in self.origins))
+        return values[0] if len(values) == 1 else ", then ".join(map(str, values))
 
 
 def resume_file(config: TrainConfig) -> Path:

@@ -154,7 +154,7 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
                 done += 1
                 bar.advance(images)
                 if on_cpu or done % ranks.steps_between_questions == 0:  # the same on all ranks, as what follows
-                    failed = on_cpu and any(run.learner.failed_steps() for run in group)
+                    failed = on_cpu and any(run.learner.has_failed() for run in group)
                     if ranks.any(bool(stop) or is_overdue() or failed):
                         break
             epochs, rest = divmod(done, plan.steps_per_epoch)
@@ -184,13 +184,16 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
 
 def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLoader, plan: BatchPlan, done: int, ranks: Ranks) -> None:
     """Raises InputError when a step of this start had losses or gradients that are not finite. The other students are saved."""
-    failed = [run for run in group if ranks.any(run.learner.failed_steps() > 0)]
+    failed = [run for run in group if ranks.any(run.learner.has_failed())]
     if not failed:
         return
     for run in group:
         if run not in failed:
             run.save(done)
     run = failed[0]
+    if run.learner.scale_is_lost():
+        raise InputError(f"{run.method} diverged before step {done + 1:,}: its gradients in fp16 are not finite at any scale of the loss; "
+                         "nothing of that was saved, earlier states are as they were: take --precision bf16, lower its weight or --learning-rate")
     good = done - run.learner.failed_steps()
     batch = next(iter(loader.epoch(*divmod(good, plan.steps_per_epoch))))
     reason = step.explain_failure(run.learner, *batch) or "a loss or gradient was not finite, though not when this was tried again"

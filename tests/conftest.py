@@ -74,7 +74,7 @@ def cifar10_test(cifar10_root):
 
 @pytest.fixture
 def cifar100_root(tmp_path, monkeypatch):
-    """Small files in the official CIFAR-100 format, whose md5 stand in for the published ones."""
+    """Small files in the official CIFAR-100 format, whose md5 and SHA-256 stand in for the published ones."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -88,8 +88,10 @@ def cifar100_root(tmp_path, monkeypatch):
     for file, value in content.items():
         (folder / file).write_bytes(pickle.dumps(value, protocol=2))
     md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
-    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(
-        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])))
+    spec = dataclasses.replace(
+        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"]))
+    known = {split: datasets._read_cifar(spec, tmp_path, split, False).sha256() for split in ("train", "test")}
+    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(spec, sha256=known))
     return tmp_path
 
 

@@ -169,6 +169,20 @@ def test_a_cache_of_official_cifar10_with_other_images_is_not_believed(cifar10_r
     assert datasets.load("cifar10", tmp_path / "data", "test").sha256() == cifar10_test.sha256()
 
 
+def test_of_a_data_set_whose_hash_is_not_known_no_cache_is_believed_or_kept(cifar100_root, monkeypatch):
+    shutil.rmtree(cifar100_root / datasets.CACHE, ignore_errors=True)
+    expected, spec = read_cifar(cifar100_root), datasets._CIFAR["cifar100"]
+    path = cifar100_root / datasets.CACHE / "cifar100-train.safetensors"
+    assert path.is_file(), "with a known hash it is kept"
+    arrays = datasets.load("cifar100", cifar100_root, "train")
+    cache.write(path, " ".join((*spec.train.values(), spec.meta[1])), {"images": 255 - arrays.images, "labels": arrays.labels},
+                {"class_names": arrays.class_names, "mean": spec.mean, "std": spec.std})
+    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(spec, sha256={}))
+    assert read_cifar(cifar100_root) == expected
+    shutil.rmtree(path.parent)
+    assert read_cifar(cifar100_root) == expected and not path.parent.exists()
+
+
 # --- code
 
 class Canary:

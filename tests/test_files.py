@@ -1,6 +1,9 @@
+import errno
 import os
+import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,18 @@ def test_the_content_is_synced_before_the_name_points_to_it(tmp_path, monkeypatc
     (file, before), (folder, after) = synced
     assert Path(file).parent == tmp_path and not before
     assert folder == str(tmp_path) and after
+
+
+@pytest.mark.parametrize("number, accepted", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_folders_will_do_and_one_that_fails_to_is_told(number, accepted, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if accepted else pytest.raises(InputError, match=f"weights: cannot write 3 bytes: {os.strerror(number)}"):
+        write_atomic(tmp_path / "weights", b"new")
+    assert os.listdir(tmp_path) == ["weights"]

@@ -359,3 +359,14 @@ def test_without_matplotlib_tables_are_written_and_the_remedy_named(tmp_path, mo
     results.append(tmp_path, run("kd", 70.0))
     assert report(tmp_path).endswith("table.csv\nno plots: pip install 'fastvid-distill[plot]'")
     assert files_in(tmp_path) == {results.FILE, "table.md", "table.csv"}
+
+
+@pytest.mark.parametrize("settings", [{"milestones": 3}, {"vid": 7}, {"protocol": ["seed"]}, {"learning_rate": {}}], ids=str)
+def test_settings_that_fastvid_never_writes_end_in_one_line_or_in_a_table(settings, tmp_path):
+    whole = run("vid", 70.0)
+    results.append(tmp_path, dataclasses.replace(whole, config=whole.config | settings))
+    try:
+        assert "70.00 (1)" in report(tmp_path)
+    except InputError as error:
+        assert re.match(f"{tmp_path}/results.jsonl holds settings that fastvid never writes \\(.*\\): take out the lines", str(error))
+        assert files_in(tmp_path) == {results.FILE}

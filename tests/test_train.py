@@ -303,7 +303,7 @@ def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny,
     assert seen == saves and bits(run) == bits(whole) and run.history == whole.history
 
 
-def test_a_state_of_another_version_is_refused_and_one_of_another_commit_told(tiny, interrupted, capsys):
+def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_machine_told(tiny, interrupted, capsys):
     config = tiny("a", "student")
     interrupted(config, after=1)
     path = Path(config.out, "student-5-seed0.resume")
@@ -311,10 +311,14 @@ def test_a_state_of_another_version_is_refused_and_one_of_another_commit_told(ti
     checkpoint.save_state(path, state | {"versions": state["versions"] | {"torch": "2.9.0"}})
     with pytest.raises(InputError, match="was made with torch = 2.9.0, but now it is .*: install that version again, or delete the file"):
         train(config)
-    checkpoint.save_state(path, state | {"commits": ["0123abc"]})
+    (origin,) = state["origins"]
+    checkpoint.save_state(path, state | {"origins": [origin | {"commit": "0123abc", "device": "NVIDIA H100", "engine": "graph"}]})
     (run,) = train(config)
-    assert "student: begun by commit 0123abc, then " in capsys.readouterr().err
-    assert run.environment["commit"].startswith("0123abc, then ")
+    told = (f"student was begun elsewhere, so other bits may come of it, and its result will say so: commit was 0123abc and is "
+            f"{origin['commit']}, device was NVIDIA H100 and is {origin['device']}, engine was graph and is eager")
+    assert told in capsys.readouterr().err
+    assert run.environment["engine"] == "graph, then eager" and run.environment["threads"] == origin["threads"]
+    assert run.environment["commit"] == f"0123abc, then {origin['commit']}"
 
 
 def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
@@ -358,6 +362,16 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_
     state = checkpoint.load_state(Path(config.out, "student-5-seed0.resume"))
     assert state["position"] == STEPS and all(value.isfinite().all() for value in state["learner"]["network"].values())
     assert bits(*train(config)) == bits(*train(tiny("whole", "student", epochs=4)))
+
+
+def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
+    (whole,) = train(tiny("whole", "student", precision="fp16", epochs=20))
+    config = tiny("a", "student", "vid", precision="fp16", epochs=20, vid=VIDOptions(weight=1e30))
+    with pytest.raises(InputError, match=r"vid diverged before step \d+: its gradients in fp16 are not finite at any scale of the loss"):
+        train(config)
+    assert files_in(config) == ["results.jsonl", "student-5-seed0.resume"]
+    (student,) = train(tiny("a", "student", precision="fp16", epochs=20))
+    assert bits(student) == bits(whole)
 
 
 def test_variances_at_their_floor_are_reported_once(tiny, monkeypatch, capsys):
