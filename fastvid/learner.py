@@ -127,7 +127,7 @@ class Learner:
         return self.failed_steps() > 0 or self.scale_is_lost()
 
     def scale_is_lost(self) -> bool:
-        """Whether gradients in fp16 were not finite at smaller and smaller scales of the loss, so that step after step was skipped. Waits."""
+        """Whether gradients in fp16 were not finite at ever smaller scales of the loss, so that step after step was skipped. Waits."""
         return self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
 
     def first_not_finite(self, images: Tensor, taught: Activations | None, labels: Tensor) -> str | None:

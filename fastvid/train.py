@@ -193,7 +193,7 @@ def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLo
     run = failed[0]
     if run.learner.scale_is_lost():
         raise InputError(f"{run.method} diverged before step {done + 1:,}: its gradients in fp16 are not finite at any scale of the loss; "
-                         "nothing of that was saved, earlier states are as they were: take --precision bf16, lower its weight or --learning-rate")
+                         "the weights stayed as they were: take --precision bf16, or lower its weight or --learning-rate")
     good = done - run.learner.failed_steps()
     batch = next(iter(loader.epoch(*divmod(good, plan.steps_per_epoch))))
     reason = step.explain_failure(run.learner, *batch) or "a loss or gradient was not finite, though not when this was tried again"
