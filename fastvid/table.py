@@ -2,13 +2,14 @@
 
 The headline is the accuracy of the last epoch: mean ± sample standard deviation over seeds, and their number in parentheses.
 Best epochs stand in a table of their own, since they are chosen on the evaluation split. An empty cell is –, never 0.
+Runs of one seed see the same batches, so methods are compared seed by seed: mean difference and its 95 % interval (Student's t).
 """
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import mean, stdev
@@ -23,7 +24,9 @@ NAMES = {"teacher": "Teacher", "student": "Student", "kd": "KD", "fitnet": "FitN
 ORDER = (*NAMES, "kd+at", "kd+vid")
 RECIPE = ("learning_rate", "lr_decay", "milestones", "momentum", "weight_decay", "clip_norm")
 CSV_COLUMNS = ("dataset", "evaluated_on", "method", "per_class", "percent", "n", "mean", "sd", "best_mean", "paper", "seed_repository",
-               "epochs", "seconds")
+               "epochs", "seconds", "minus_student", "minus_student_95", "minus_at", "minus_at_95")
+COMPARED_WITH = ("student", "at")
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
 
 # CIFAR-10, WRN-40-2 and WRN-16-1, top-1 in percent: {method: {percent of the training images: (paper, seed repository)}}.
 # Paper: Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019. Seed repository: the newest README of
@@ -74,6 +77,16 @@ class Section:
     def cell(self, method: str, column: RunResult) -> list[RunResult]:
         return sorted((run for run in self.runs if (run.method, run.per_class) == (method, column.per_class)), key=lambda run: run.seed)
 
+    def difference(self, method: str, other: str, column: RunResult) -> Difference | None:
+        """None where no seed has both."""
+        others = {run.seed: run.accuracy for run in self.cell(other, column)}
+        found = [run.accuracy - others[run.seed] for run in self.cell(method, column) if run.seed in others]
+        if method == other or not found:
+            return None
+        freedom = len(found) - 1
+        half_width = _t_95(freedom) * stdev(found) / math.sqrt(len(found)) if freedom else None
+        return Difference(mean(found), half_width, len(found))
+
     def name(self, method: str) -> str:
         network = f" WRN-{self.setting(f'{method}_depth')}-{self.setting(f'{method}_width')}" if method in ("teacher", "student") else ""
         return short_name(method) + network
@@ -101,6 +114,27 @@ class Section:
         return PUBLISHED.get(method, {}).get(self.published_fraction(column) or 0, (None, None))
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy minus that of another method, over the seeds that both have."""
+
+    mean: float
+    half_width: float | None
+    """of its 95 % interval; None for one seed, which says nothing of it"""
+    seeds: int
+
+    def __str__(self) -> str:
+        interval = "" if self.half_width is None else f" ± {self.half_width:.2f}"
+        return f"{self.mean:+.2f}{interval} ({self.seeds})"
+
+
+def _t_95(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t; beyond the list by its expansion in 1/freedom (Cornish and Fisher), to 0.001."""
+    if freedom <= len(T_95):
+        return T_95[freedom - 1]
+    return 1.95996 + 2.37227 / freedom + 2.82250 / freedom**2 + 2.55585 / freedom**3
+
+
 def short_name(method: str) -> str:
     return "+".join(NAMES.get(part, part) for part in method.split("+"))
 
@@ -124,6 +158,9 @@ def markdown(section: Section) -> str:
     lines += ["Last epoch: mean ± sample standard deviation over seeds (number of seeds)", "", *_aligned(_last_epoch_rows(section)), ""]
     lines += [f"Best epoch, mean over seeds: chosen on the {section.evaluated_on} split, therefore no result", "",
               *_aligned(_best_rows(section)), ""]
+    if len(paired := _paired_rows(section)) > 1:
+        lines += ["Difference, seed by seed on the same batches: mean ± half of its 95 % interval (number of seeds)", "",
+                  *_aligned(paired), ""]
     return "\n".join([*lines, *(f"- {note}" for note in _notes(section))]) + "\n"
 
 
@@ -156,6 +193,17 @@ def _best_rows(section: Section) -> list[list[str]]:
         cells = [[run.best_accuracy for run in section.cell(method, column)] for column in section.columns]
         if any(cells):
             rows.append([section.name(method), *(f"{mean(cell):.2f}" if cell else EMPTY for cell in cells)])
+    return rows
+
+
+def _paired_rows(section: Section) -> list[list[str]]:
+    """Each method, minus the student and minus AT, where they are there."""
+    pairs = [(other, column) for column in section.columns for other in COMPARED_WITH if section.cell(other, column)]
+    rows = [["Method", *(f"{column_title(column)}, minus {short_name(other)}" for other, column in pairs)]]
+    for method in section.methods:
+        cells = [section.difference(method, other, column) for other, column in pairs]
+        if method not in ("teacher", "student") and any(cells):
+            rows.append([section.name(method), *(str(cell or EMPTY) for cell in cells)])
     return rows
 
 
@@ -294,5 +342,12 @@ def as_csv(sections: list[Section]) -> str:
                         section.dataset, section.evaluated_on, method, column.per_class, f"{column.percent:.6g}", len(runs),
                         f"{mean(accuracies):.4f}", spread, f"{mean(run.best_accuracy for run in runs):.4f}",
                         *section.published(method, column), _listed((run.config.get("epochs") for run in runs), between=" "),
-                        f"{sum(run.seconds for run in runs):.1f}"))
+                        f"{sum(run.seconds for run in runs):.1f}", *_paired_values(section, method, column)))
     return text.getvalue()
+
+
+def _paired_values(section: Section, method: str, column: RunResult) -> Iterator[str | None]:
+    for other in COMPARED_WITH:
+        difference = section.difference(method, other, column) if method != "teacher" else None
+        yield None if difference is None else f"{difference.mean:.4f}"
+        yield None if difference is None or difference.half_width is None else f"{difference.half_width:.4f}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -81,6 +83,12 @@ Best epoch, mean over seeds: chosen on the test split, therefore no result
 | Student WRN-16-1 |               57.50 |
 | VID              |               73.88 |
 
+Difference, seed by seed on the same batches: mean ± half of its 95 % interval (number of seeds)
+
+| Method | 2 % (100 per class), minus Student |
+|--------|-----------------------------------:|
+| VID    |                  +15.00 ± 0.00 (2) |
+
 - Data set cifar10, test split, 2 seeds (0, 1). The last epoch is the headline. –: not run here, or never published.
 - Protocol `seed`: 1000 epochs on 2 %; batch 128; bf16.
 - Teacher WRN-40-2 was given, not trained here: 92.47 on the test split.
@@ -95,9 +103,36 @@ def test_the_csv_is_rendered_to_the_byte(tmp_path):
     settings = {"dataset": "cifar10", "per_class": 100, "epochs": 1000, "seconds": 12.5}
     rendered(tmp_path, run("vid", 72.0, best=73.0, **settings), run("vid", 73.0, best=74.0, seed=1, **settings), run("kd+at", 60.0))
     assert (tmp_path / "table.csv").read_text() == (
-        "dataset,evaluated_on,method,per_class,percent,n,mean,sd,best_mean,paper,seed_repository,epochs,seconds\n"
-        "cifar10,test,vid,100,2,2,72.5000,0.7071,73.5000,81.59,,1000,25.0\n"
-        "digits,test,kd+at,,100,1,60.0000,,60.0000,,,4,10.0\n")
+        "dataset,evaluated_on,method,per_class,percent,n,mean,sd,best_mean,paper,seed_repository,epochs,seconds,"
+        "minus_student,minus_student_95,minus_at,minus_at_95\n"
+        "cifar10,test,vid,100,2,2,72.5000,0.7071,73.5000,81.59,,1000,25.0,,,,\n"
+        "digits,test,kd+at,,100,1,60.0000,,60.0000,,,4,10.0,,,,\n")
+
+
+def test_methods_are_compared_seed_by_seed_with_an_interval(tmp_path):
+    accuracies = {"student": (50.0, 60.0, 55.0), "at": (61.0, 72.0), "vid": (71.0, 84.0, 75.0, 99.0)}  # by seed
+    markdown = rendered(tmp_path, *(run(method, accuracy, seed=seed) for method, found in accuracies.items()
+                                    for seed, accuracy in enumerate(found)))
+    at, vid, both = map(statistics.stdev, ((11, 12), (21, 24, 20), (10, 12)))
+    assert rows_of(markdown, table=2) == {
+        "Method": ["100 % (140 per class), minus Student", "100 % (140 per class), minus AT"],
+        "AT": [f"+11.50 ± {12.706 * at / 2 ** 0.5:.2f} (2)", "–"],
+        "VID": [f"+21.67 ± {4.303 * vid / 3 ** 0.5:.2f} (3)", f"+11.00 ± {12.706 * both / 2 ** 0.5:.2f} (2)"]}
+    row = next(row for row in csv_rows(tmp_path) if row["method"] == "vid")
+    assert (row["minus_student"], row["minus_at"]) == ("21.6667", "11.0000")
+
+
+def test_one_seed_has_a_difference_and_no_interval(tmp_path):
+    markdown = rendered(tmp_path, run("student", 50.0), run("vid", 61.5))
+    assert rows_of(markdown, table=2)["VID"] == ["+11.50 (1)"]
+
+
+def test_the_interval_of_many_seeds_is_that_of_student_s_t(tmp_path):
+    accuracies = [60.0 + (seed * 7) % 5 for seed in range(21)]
+    markdown = rendered(tmp_path, *(run("student", 50.0, seed=seed) for seed in range(21)),
+                        *(run("vid", accuracy, seed=seed) for seed, accuracy in enumerate(accuracies)))
+    wanted = 2.086 * statistics.stdev(accuracies) / math.sqrt(21)  # 20 degrees of freedom
+    assert rows_of(markdown, table=2)["VID"] == [f"+{statistics.mean(accuracies) - 50:.2f} ± {wanted:.2f} (21)"]
 
 
 def test_the_cell_holds_mean_and_sample_standard_deviation(tmp_path):
