@@ -42,8 +42,10 @@ class Step:
     """torchvision, dali, torch, or static: the same batch again and again"""
     channels_last: bool = False
     precision: str = "fp32"
+    idle_teacher: bool = True
+    """a teacher forward also for a method that has no use for one"""
     shared_teacher: bool = False
-    """one batch and one teacher forward for all methods; else each takes a batch of its own, and a teacher forward if it needs a teacher"""
+    """one batch and one teacher forward for all methods; else each takes a batch and a teacher forward of its own"""
     frozen_teacher: bool = False
     """batch norms folded, weights once in the compute type"""
     fused_losses: bool = False
@@ -104,7 +106,7 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
             if shared is None or not spec.shared_teacher:
                 images, labels = shared = next(batches)
                 images = images.contiguous(memory_format=layout)
-                taught = teach(images) if spec.shared_teacher or method.transfers else None
+                taught = teach(images) if spec.shared_teacher or spec.idle_teacher or method.transfers else None
             with autocast(DEVICE, spec.precision):
                 terms = method(network(images), taught, labels)
             loss = terms.task + terms.transfer

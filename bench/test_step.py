@@ -4,8 +4,9 @@
     python bench/plot_step.py FILE.jsonl PICTURE.png     the rows of the scale
 
 DIR holds cifar-10-batches-py. The plain step is what common distillation code does: fp32, NCHW, eager, torchvision's DataLoader with two
-workers (on a GPU one batch that lies there), a batch and, if it has a teacher, a teacher forward for every method, the formulas in plain
-PyTorch, loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that a busy minute slows them all.
+workers (on a GPU one batch that lies there), a batch and a teacher forward for every method (the student's too, until the rung that takes
+it away), the formulas in plain PyTorch, loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that
+a busy minute slows them all.
 """
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ FIVE = ("student", "kd", "fitnet", "at", "vid")
 EAGER, COMPILED, CAPTURED, WHOLE = (False, False), (True, False), (False, True), (True, True)
 LOADER = "dali" if dali_is_installed() else "torch"
 PLAIN = {"loader": "static"} if ON_GPU else {}  # on a GPU with its data there
-OURS = {"loader": LOADER, "channels_last": True, "precision": "bf16", "shared_teacher": True, "frozen_teacher": True, "fused_losses": True,
-        "engine": EAGER, "tuned": True}
+OURS = {"idle_teacher": False, "loader": LOADER, "channels_last": True, "precision": "bf16", "shared_teacher": True, "frozen_teacher": True,
+        "fused_losses": True, "engine": EAGER, "tuned": True}
 LADDER = {  # from the plain step to ours: every rung keeps what came before
-    "plain": PLAIN, "our loader": {"loader": LOADER}, "channels-last": {"channels_last": True}, "bf16": {"precision": "bf16"},
+    "plain": PLAIN, "no idle teacher": {"idle_teacher": False}, "our loader": {"loader": LOADER},
+    "channels-last": {"channels_last": True}, "bf16": {"precision": "bf16"},
     "shared teacher": {"shared_teacher": True}, "folded teacher": {"frozen_teacher": True}, "fused losses": {"fused_losses": True},
     "our step": {"engine": EAGER}, "tuned": {"tuned": True}, "compile": {"engine": COMPILED},
 } | ({"graph": {"engine": CAPTURED}, "compile and graph": {"engine": WHOLE}} if ON_GPU else {})
