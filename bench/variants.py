@@ -1,0 +1,146 @@
+"""Variants of the methods side by side, from one teacher forward: the search for weights, and what VID is made of.
+
+    python bench/variants.py search --data DIR --teacher FILE --out DIR       on held-out training images
+    python bench/variants.py ablations --data DIR --teacher FILE --out DIR    on the test split: nothing is chosen by it
+    python bench/variants.py show DIR...                                      what has been measured, as a table
+
+The first 100 images of each class of CIFAR-10, 200 epochs. The search evaluates on the next 400 images of each class of the training split.
+Each variant is a run of fastvid's in a folder of its own, OUT/NAME, with its results.jsonl; where a loss was not finite any more, a file
+OUT/NAME.diverged-seedN says so. The same command goes on where it was stopped.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from fastvid import results
+from fastvid.config import TrainConfig
+from fastvid.device import choose_device, tune
+from fastvid.distributed import ALONE
+from fastvid.engine import choose_engine
+from fastvid.errors import InputError, Interrupted
+from fastvid.methods import vid
+from fastvid.plan import BatchPlan
+from fastvid.run import Run, find_finished
+from fastvid.train import load_data, load_teacher, summary, train_side_by_side
+from fastvid.wresnet import TAPS
+
+PAPER = vid.VARIANTS["paper"]
+CHANGED = {  # what an ablation changes of the variant "paper"
+    **{f"only-{tap}": {"taps": (tap,)} for tap in TAPS},
+    "no-stem": {"taps": TAPS[1:]},
+    "residual-sums": {"activated": False},
+    "no-batch-norm": {"batch_norm": False},
+    "narrow": {"hidden_multiple": 1},
+    "decayed-variance": {"decayed_scale": True},
+    **{f"fixed-variance-{value:g}": {"initial_variance": value} for value in (5.0, 1.0, 0.1)},
+}
+
+
+def options(method: str, **values: list[float]) -> dict[str, TrainConfig]:
+    """A configuration of `method` for each value of each of its options."""
+    kind = type(getattr(TrainConfig(), method))
+    return {f"{method}-{option}-{value:g}": TrainConfig(method=(method,), **{method: kind(**{option: value})})
+            for option, choices in values.items() for value in choices}
+
+
+def variants(*names: str) -> dict[str, TrainConfig]:
+    """A configuration of VID for each of these variants."""
+    return {f"vid-{name}": TrainConfig(method=("vid",), vid=dataclasses.replace(TrainConfig().vid, variant=name, weight=weight))
+            for name in names for weight in [None if name in vid.VARIANTS else 10.0]}
+
+
+EXPERIMENTS = {
+    "search": {**options("kd", alpha=[0.5, 0.9, 0.97, 1]), **options("fitnet", weight=[1, 10, 100, 1000]),
+               **options("at", weight=[100, 1000, 10000, 100000]), **options("vid", weight=[1, 3, 10, 30])},
+    "ablations": {"student": TrainConfig(), **variants("paper", "repdistiller", *CHANGED), **options("vid", weight=[1, 3])},
+}
+
+
+def train(experiment: str, out: Path, **shared) -> None:
+    """All variants of an experiment in one group. shared: settings of all of them, such as seed."""
+    vid.VARIANTS.update({name: dataclasses.replace(PAPER, **changes) for name, changes in CHANGED.items()})
+    held_out = {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
+    shared = {"epochs": 200, "evaluations": 4, **held_out, **shared}
+    base = TrainConfig(**shared).resolved()
+    configs = {name: dataclasses.replace(config, **shared, out=str(out / name)).resolved()
+               for name, config in EXPERIMENTS[experiment].items()}
+    device = choose_device(base.device)
+    tune(device)
+    data = load_data(base)
+    teacher, sha256 = load_teacher(dataclasses.replace(base, method=("vid",)), data.train)
+    steps = base.epochs * BatchPlan(len(data.train), base.batch_size, seed=base.seed).steps_per_epoch
+    engine = choose_engine(base.engine, device, steps)
+
+    def waits(name: str) -> bool:
+        """Neither finished nor diverged."""
+        folder = results.open_folder(out / name)
+        return not diverged(folder, base.seed).exists() and not find_finished(configs[name], data, sha256, results.read(folder)[0])
+
+    while waiting := [name for name in configs if waits(name)]:
+        runs = {name: Run(configs[name], data, teacher, sha256, device, engine) for name in waiting}
+        for name, run in runs.items():
+            if "fixed-variance" in name:
+                run.learner.method.transfers["vid"].loss.raw_scales.requires_grad_(False)
+        position = min(run.position for run in runs.values())
+        group = {name: run for name, run in runs.items() if run.position == position}
+        try:
+            train_side_by_side(list(group.values()), base, data, teacher, device, engine, ALONE)
+        except InputError as error:
+            lost = [name for name, run in group.items() if run.learner.has_failed()]
+            if not lost:
+                raise
+            for name in lost:
+                diverged(out / name, base.seed).write_text(f"{error}\n")
+            continue
+        for name, run in group.items():
+            print(f"{name}: {summary(run.finish(None))}", flush=True)
+
+
+def diverged(folder: Path, seed: int) -> Path:
+    """The file beside its folder that says that this variant did not get to its end."""
+    return folder.with_name(f"{folder.name}.diverged-seed{seed}")
+
+
+def show(folders: list[Path]) -> str:
+    """A table: name, accuracy after the last epoch, mean ± standard deviation and number of runs."""
+    accuracies = defaultdict(list)
+    for folder in (path for parent in folders for path in sorted(parent.iterdir()) if path.is_dir()):
+        accuracies[folder.name] += [run.accuracy for run in results.read(folder)[0]]
+        accuracies[folder.name] += [None for _ in folder.parent.glob(f"{folder.name}.diverged-seed*")]
+    rows = ["| variant | accuracy % |", "|---|---:|"]
+    for name, values in accuracies.items():
+        reached = [value for value in values if value is not None]
+        spread = f" ± {statistics.stdev(reached):.2f}" if len(reached) > 1 else ""
+        told = [f"{statistics.mean(reached):.2f}{spread} ({len(reached)})"] if reached else []
+        told += [f"diverged ({len(values) - len(reached)})"] if len(reached) < len(values) else []
+        rows.append(f"| {name} | {', '.join(told) or 'not finished'} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for experiment in EXPERIMENTS:
+        command = commands.add_parser(experiment)
+        for option in ("--data", "--teacher", "--out"):
+            command.add_argument(option, required=True)
+        command.add_argument("--seeds", type=int, default=1)
+    commands.add_parser("show").add_argument("folders", nargs="+", type=Path)
+    given = parser.parse_args()
+    if given.command == "show":
+        print(show(given.folders))
+        return
+    try:
+        for seed in range(given.seeds):
+            train(given.command, Path(given.out), data=given.data, teacher=given.teacher, seed=seed)
+    except (InputError, Interrupted) as stopped:
+        sys.exit(str(stopped))
+
+
+if __name__ == "__main__":
+    main()

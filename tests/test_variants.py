@@ -1,0 +1,74 @@
+"""bench/variants.py: variants of one method share a group, one that diverges leaves the others alone, and the fixed variance stays."""
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvid import checkpoint, results
+from fastvid.config import TrainConfig, VIDOptions
+from fastvid.methods import vid
+
+SHARED = {"device": "cpu", "dataset": "digits", "per_class": 6, "validation_per_class": 1, "batch_size": 25, "epochs": 2, "evaluations": 2,
+          "teacher_depth": 10, "student_depth": 10}
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    path = Path(__file__).resolve().parents[1] / "bench" / "variants.py"
+    spec = importlib.util.spec_from_file_location("variants", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(vid, "VARIANTS", dict(vid.VARIANTS))
+    return module
+
+
+def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(variants, teacher, tmp_path, monkeypatch):
+    weight = lambda value: TrainConfig(method=("vid",), vid=VIDOptions(weight=value))  # noqa: E731
+    monkeypatch.setitem(variants.EXPERIMENTS, "search", {"low": weight(0.1), "lost": weight(1e39), "high": weight(1.0)})
+    for seed in (0, 1):
+        variants.train("search", tmp_path / "out", teacher=teacher, seed=seed, **SHARED)
+    found = {name: results.read(tmp_path / "out" / name)[0] for name in ("low", "high")}
+    assert [[run.seed for run in runs] for runs in found.values()] == [[0, 1], [0, 1]]
+    assert found["low"][0].weights_sha256 != found["high"][0].weights_sha256
+    assert "vid diverged in step 1" in (tmp_path / "out" / "lost.diverged-seed1").read_text()
+    rows = variants.show([tmp_path / "out"]).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["high", "lost", "low"]
+    assert rows[1] == "| lost | diverged (2) |" and rows[0].endswith(" (2) |")
+    monkeypatch.setattr(variants, "train_side_by_side", lambda *_: pytest.fail("all of it is finished"))
+    variants.train("search", tmp_path / "out", teacher=teacher, seed=0, **SHARED)
+
+
+def test_a_variant_has_the_bits_of_the_same_run_by_the_command(variants, teacher, tmp_path, monkeypatch):
+    whole = variants.EXPERIMENTS["ablations"]
+    monkeypatch.setitem(variants.EXPERIMENTS, "ablations", {name: whole[name] for name in ("student", "vid-paper")})
+    variants.train("ablations", tmp_path / "a", teacher=teacher, **SHARED)
+    from fastvid.train import train
+
+    (alone,) = train(TrainConfig(**SHARED, method=("vid",), teacher=teacher, out=str(tmp_path / "b")))
+    (beside,), _ = results.read(tmp_path / "a" / "vid-paper")
+    assert beside.weights_sha256 == alone.weights_sha256 and beside.history == alone.history
+
+
+def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path, monkeypatch):
+    chosen = ("vid-only-stem", "vid-no-batch-norm", "vid-narrow", "vid-fixed-variance-1")
+    whole = variants.EXPERIMENTS["ablations"]
+    monkeypatch.setitem(variants.EXPERIMENTS, "ablations", {name: whole[name] for name in chosen})
+    variants.train("ablations", tmp_path / "out", teacher=teacher, **SHARED)
+    shapes, prefix = {}, "method.transfers.vid.loss."
+    for name in chosen:
+        (path,) = (tmp_path / "out" / name).glob("*.safetensors")
+        tensors = checkpoint.load_weights(path).tensors
+        shapes[name] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    assert {key.split(".")[1] for key in shapes["vid-only-stem"]} == {"0"}
+    assert not any("running_mean" in key for key in shapes["vid-no-batch-norm"])
+    assert shapes["vid-narrow"]["regressors.1.hidden.0.weight"].shape[0] == 32
+    fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1"]["raw_scales.0"]) + vid.VARIANTS["paper"].eps
+    torch.testing.assert_close(fixed, torch.ones(16))
+
+
+def test_every_ablation_changes_one_thing_of_the_paper_s_variant(variants):
+    for name, changes in variants.CHANGED.items():
+        changed = dataclasses.replace(variants.PAPER, **changes)
+        assert len(changes) == 1 and changed != variants.PAPER or name == "fixed-variance-5", name
