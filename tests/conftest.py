@@ -113,6 +113,39 @@ def teacher(tmp_path_factory):
     return str(path)
 
 
+class Canary:
+    """Unpickling it creates the file `trace`: what an attacker's code would do, harmlessly."""
+
+    def __init__(self, trace):
+        self.trace, self.looked_up = trace, False
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+    @property
+    def sang(self):
+        """Whether its code ran, or an unpickler went as far as to look for it."""
+        return self.trace.exists() or self.looked_up
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """An object to pickle into a file that the code under test is given. At the end of the test it is shown to be alive."""
+    one, watching = Canary(tmp_path / "code-ran"), True
+
+    def hook(event, arguments):  # it cannot be taken away
+        if watching and event == "pickle.find_class" and "pathlib" in str(arguments):
+            one.looked_up = True
+
+    sys.addaudithook(hook)
+    yield one
+    one.looked_up = False
+    one.trace.unlink(missing_ok=True)
+    pickle.loads(pickle.dumps(one))
+    assert one.trace.exists() and one.looked_up, "the canary must be alive"
+    watching = False
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Each device that a test shall run on."""
