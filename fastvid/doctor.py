@@ -1,4 +1,4 @@
-"""What this machine has: versions, device, which loader and which losses would run, which data was found."""
+"""What this machine has: versions, device, which loader, engine and losses would run, which data was found."""
 from __future__ import annotations
 
 import platform
@@ -10,6 +10,7 @@ import torch
 import fastvid
 from fastvid import datasets, loader
 from fastvid.device import choose_device
+from fastvid.engine import LONG, choose_engine
 from fastvid.errors import InputError
 from fastvid.kernels import checks
 
@@ -24,11 +25,17 @@ def doctor(data: str) -> str:
     device = choose_device("auto")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
     lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-             f"device    {name}", f"loader    {loader.describe('auto')}", f"losses    {_losses(device)}", "", "packages"]
+             f"device    {name}", f"loader    {loader.describe('auto')}", f"engine    {_engine(device)}", f"losses    {_losses(device)}",
+             "", "packages"]
     lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
     lines += ["", f"data under {data}"]
     lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]
     return "\n".join(lines)
+
+
+def _engine(device: torch.device) -> str:
+    short, long = (choose_engine("auto", device, steps) for steps in (1, LONG))
+    return short if short == long else f"{short}, and {long} for trainings of {LONG} steps and more"
 
 
 def _losses(device: torch.device) -> str:

@@ -23,13 +23,16 @@ class Progress:
         self._title, self._total, self._done, self._first = title, total, done, done
         self._start = self._last_line = time.monotonic()
         self._least_seconds, self._text = least_seconds, ""
-        self._bar = None
+        self._bar, self._advanced = None, False
         if sys.stderr is not None and sys.stderr.isatty() and not _muted:
             self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False,
                              bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}")
         self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
 
     def advance(self, images: int) -> None:
+        """So many more are done. The rate counts from the end of the first step, which may have waited for a compiler."""
+        if not self._advanced:
+            self._advanced, self._start, self._first = True, time.monotonic(), self._done + images
         self._done += images
         if self._bar is not None:
             self._bar.update(images)
@@ -45,9 +48,13 @@ class Progress:
             self._state()
 
     def _state(self) -> None:
-        rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
-        left = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
-        self._line(f"{100 * self._done / self._total:3.0f} %  {self._text}  {rate:,.0f} images/s  ETA {left}")
+        parts = [f"{100 * self._done / self._total:3.0f} %"]
+        if self._text:
+            parts.append(self._text)
+        if self._done > self._first:
+            rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+            parts.append(f"{rate:,.0f} images/s  ETA {tqdm.format_interval((self._total - self._done) / rate)}")
+        self._line("  ".join(parts))
 
     def close(self) -> None:
         if self._bar is not None:

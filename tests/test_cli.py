@@ -20,6 +20,7 @@ from PIL import Image
 import fastvid
 from fastvid import checkpoint, cli, datasets, results, train
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
+from fastvid.progress import Progress
 from fastvid.wresnet import WideResNet
 
 TINY = ["--device", "cpu", "--dataset", "digits", "--per-class", "5", "--validation-per-class", "1", "--batch-size", "16", "--epochs", "1",
@@ -456,11 +457,21 @@ def test_doctor_says_versions_device_loader_losses_packages_and_data(tmp_path, c
     assert cli.main(["doctor", "--data", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for pattern in (rf"^fastvid {fastvid.__version__}, Python {sys.version_info.major}\.{sys.version_info.minor}\.",
-                    r"^device +\S", r"^loader +(dali \d+\.\d+|torch)", r"^losses +(PyTorch, in blocks|Triton kernels)",
+                    r"^device +\S", r"^loader +(dali \d+\.\d+|torch)", r"^engine +(graph|eager)",
+                    r"^losses +(PyTorch, in blocks|Triton kernels)",
                     rf"^  torch +{re.escape(metadata.version('torch'))} +training$", rf"^  numpy +{re.escape(np.__version__)} ",
                     rf"^data under {tmp_path}$", r"^  cifar10 +not found$", r"^  folder +not found$",
                     r"^  digits +1,400 training and 397 test images$"):
         assert re.search(pattern, text, re.MULTILINE), pattern
+
+
+def test_the_rate_does_not_count_the_wait_for_a_compiler(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("fastvid.progress.time.monotonic", lambda: now)
+    bar = Progress("a run", total=1000, least_seconds=2.0)
+    for now in (300.0, 320.0):  # five minutes of preparation
+        bar.advance(100)
+    assert capsys.readouterr().err.splitlines() == ["a run: from the start", "a run:  10 %", "a run:  20 %  5 images/s  ETA 02:40"]
 
 
 def test_doctor_finds_real_cifar10(cifar10_root, capsys):

@@ -1,0 +1,52 @@
+"""Write what was measured into README.md: `python bench/readme.py`. Each part lies between `<!-- NAME -->` and `<!-- end -->`.
+
+`fastvid report` renders the accuracies of bench/results/NAME; the rows of test_step.py give the speed of a step. Nothing is typed.
+"""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fastvid import results, table
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "bench" / "results"
+
+
+def accuracies(name: str) -> str:
+    """Of a folder with one table: last epochs, differences if there are several seeds, and the notes of the report."""
+    (section,) = table.sections(results.read(MEASURED / name)[0])
+    blocks = table.markdown(section).strip().split("\n\n")
+    tables = {sentence: rows for sentence, rows in zip(blocks, blocks[1:]) if rows.startswith("|")}
+    parts = [f"{sentence}:\n\n{rows}" for sentence, rows in tables.items()
+             if sentence.startswith("Last epoch") or (sentence.startswith("Difference") and "±" in rows)]
+    return "\n\n".join([*parts, blocks[-1]])
+
+
+def speed() -> str:
+    """What each measure brings, from rows of one run."""
+    rows = [json.loads(line) for line in (MEASURED / "step-cpu.jsonl").read_text().splitlines()]
+    subjects = ("vid", "five methods")
+    gain = {(row["tap"], row["impl"]): row["speed_up"] for row in rows}
+    rungs = [row["impl"] for row in rows if row["tap"] == subjects[0]]
+    best = {name: " and ".join(f"{gain[name, rung]:.1f}" for rung in ("tuned", "compile")) for name in subjects}
+    (device,), (threads,) = {row["device"] for row in rows}, {row["threads"] for row in rows}
+    lines = [f"On {threads} cores of an {device}, in one run, beside that plain step: one VID student {best['vid']} times the images/s, "
+             f"eager and compiled; a group of five methods {best['five methods']} times.", "",
+             "| measure | VID | five methods |", "|---|---:|---:|"]
+    return "\n".join([*lines, *(f"| {rung} | {' | '.join(f'{gain[name, rung]:.2f}x' for name in subjects)} |" for rung in rungs)])
+
+
+def rendered(text: str) -> str:
+    """README.md with its measured parts made anew."""
+    def part(match: re.Match) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{speed() if name == 'speed' else accuracies(name)}\n<!-- end -->"
+
+    return re.sub(r"^<!-- ([\w-]+) -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rendered(readme.read_text()))
