@@ -29,6 +29,7 @@ from fastvid.distributed import ALONE, Ranks
 from fastvid.errors import InputError
 from fastvid.learner import Learner
 from fastvid.loader import EvalLoader
+from fastvid.progress import say
 from fastvid.wresnet import Activations, WideResNet, frozen
 
 LONG = 5000  # steps
@@ -48,7 +49,7 @@ ENGINES = {"eager": Mode(False, False), "compile": Mode(True, False), "graph": M
 def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = ALONE) -> str:
     """The engine of this --engine for a training of so many steps. Raises InputError where it cannot run.
 
-    auto: graph on a GPU. On a CPU compile for at least LONG steps, where a C++ compiler is: oneDNN's convolutions are most of a step and
+    auto: graph on a GPU. On a CPU compile for at least LONG steps, where torch.compile works: oneDNN's convolutions are most of a step and
     stay as they are, so it takes thousands of steps to win back the minute or two of a first compilation. Several ranks: eager, for a
     captured step cannot wait for others, and compiling has not been measured there.
     """
@@ -57,7 +58,7 @@ def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = AL
             return "eager"
         if device.type == "cuda":
             return "graph" if find_spec("triton") else "eager"
-        return "compile" if steps >= LONG and shutil.which(os.environ.get("CXX", "g++")) else "eager"
+        return "compile" if steps >= LONG and _compiler_works() else "eager"
     if name == "graph" and device.type != "cuda":
         raise InputError(f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto")
     if name != "eager" and ranks.world_size > 1:
@@ -65,6 +66,19 @@ def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = AL
     if name != "eager" and device.type == "cuda" and not find_spec("triton"):
         raise InputError(f"--engine {name} needs Triton on a GPU: pip install triton, or take --engine eager")
     return name
+
+
+@cache
+def _compiler_works() -> bool:
+    """Whether torch.compile works on this CPU, which takes more than a compiler: tried on one addition, a few seconds."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return False
+    try:
+        torch.compile(lambda number: number + 1, dynamic=False)(torch.zeros(1))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
+        say(f"torch.compile does not work here ({str(error).strip().partition(chr(10))[0]}): the engine is eager")
+        return False
+    return True
 
 
 class GroupStep:

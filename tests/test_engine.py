@@ -1,11 +1,13 @@
 import copy
 import math
-import sys
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from fastvid import engine
 from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
 from fastvid.decode import dali_is_installed
@@ -281,13 +283,25 @@ def test_a_rehearsal_leaves_no_trace_in_networks_regressors_momenta_sums_and_sca
     ("auto", "cpu", LONG - 1, "eager"), ("auto", "cpu", LONG, "compile"), ("eager", "cpu", LONG, "eager"), ("compile", "cpu", 1, "compile"),
     ("auto", "cuda", 1, "graph"), ("eager", "cuda", 1, "eager"), ("graph", "cuda", 1, "graph")])
 def test_auto_takes_graphs_on_a_gpu_and_compiles_long_runs_on_a_cpu(name, device, steps, expected, monkeypatch):
-    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    monkeypatch.setattr(engine, "_compiler_works", lambda: True)
     assert choose_engine(name, torch.device(device), steps) == expected
 
 
 def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    assert engine._compiler_works.__wrapped__() is False
+    monkeypatch.setattr(engine, "_compiler_works", lambda: False)
     assert choose_engine("auto", CPU, LONG) == "eager"
+
+
+def test_a_compiler_that_does_not_compile_is_noticed_before_the_training(capsys):
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        warnings.simplefilter("ignore")  # of the caches
+        assert engine._compiler_works.__wrapped__() is False
+    assert re.match(r"torch.compile does not work here \(.+\): the engine is eager$", capsys.readouterr().err.splitlines()[-1])
+    torch._dynamo.reset()
+    assert engine._compiler_works.__wrapped__() is True
 
 
 def test_a_graph_without_a_gpu_or_among_ranks_is_refused_with_the_remedy():
