@@ -1,6 +1,7 @@
-"""Write what was measured into README.md: `python bench/readme.py`. Each part lies between `<!-- NAME -->` and `<!-- end -->`.
+"""Write what was measured into README.md: `python bench/readme.py`. Nothing of it is typed.
 
-`fastvid report` renders the accuracies of bench/results/NAME; the rows of test_step.py give the speed of a step. Nothing is typed.
+Each part lies between `<!-- NAME -->` and `<!-- end -->`: `speed` from the rows of test_step.py; any other from the folder
+bench/results/NAME, as `fastvid report` renders it; `<!-- NAME table -->` is its table alone.
 """
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "bench" / "results"
 
 
-def accuracies(name: str) -> str:
-    """Of a folder with one table: last epochs, differences if there are several seeds, and the notes of the report."""
+def accuracies(name: str, alone: bool) -> str:
+    """Of a folder with one data set: last epochs; unless alone, differences if there are several seeds, and the notes of the report."""
     (section,) = table.sections(results.read(MEASURED / name)[0])
     blocks = table.markdown(section).strip().split("\n\n")
     tables = {sentence: rows for sentence, rows in zip(blocks, blocks[1:]) if rows.startswith("|")}
+    if alone:
+        return next(iter(tables.values()))
     parts = [f"{sentence}:\n\n{rows}" for sentence, rows in tables.items()
              if sentence.startswith("Last epoch") or (sentence.startswith("Difference") and "±" in rows)]
     return "\n\n".join([*parts, blocks[-1]])
@@ -41,10 +44,10 @@ def speed() -> str:
 def rendered(text: str) -> str:
     """README.md with its measured parts made anew."""
     def part(match: re.Match) -> str:
-        name = match[1]
-        return f"<!-- {name} -->\n{speed() if name == 'speed' else accuracies(name)}\n<!-- end -->"
+        name, alone = match[1], bool(match[2])
+        return f"<!-- {name}{match[2] or ''} -->\n{speed() if name == 'speed' else accuracies(name, alone)}\n<!-- end -->"
 
-    return re.sub(r"^<!-- ([\w-]+) -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE)
+    return re.sub(r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
