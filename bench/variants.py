@@ -37,27 +37,28 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "no-batch-norm": {"batch_norm": False},
     "narrow": {"hidden_multiple": 1},
     "decayed-variance": {"decayed_scale": True},
-    **{f"fixed-variance-{value:g}": {"initial_variance": value} for value in (5.0, 1.0, 0.1)},
+    **{f"fixed-variance-{value}": {"initial_variance": value} for value in (5, 1, 0.1)},
+    **{f"initial-variance-{value}": {"initial_variance": value} for value in (1, 0.3)},
 }
 
 
-def options(method: str, **values: list[float]) -> dict[str, TrainConfig]:
-    """A configuration of `method` for each value of each of its options."""
+def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
+    """A configuration of `method` for each of these settings of its options, named after them."""
     kind = type(getattr(TrainConfig(), method))
-    return {f"{method}-{option}-{value:g}": TrainConfig(method=(method,), **{method: kind(**{option: value})})
-            for option, choices in values.items() for value in choices}
-
-
-def variants(*names: str) -> dict[str, TrainConfig]:
-    """A configuration of VID for each of these variants."""
-    return {f"vid-{name}": TrainConfig(method=("vid",), vid=dataclasses.replace(TrainConfig().vid, variant=name, weight=weight))
-            for name in names for weight in [None if name in vid.VARIANTS else 10.0]}
+    return {"-".join((method, *(value if option == "variant" else f"{option}-{value}" for option, value in chosen.items()))):
+            TrainConfig(method=(method,), **{method: kind(**chosen)}) for chosen in settings}
 
 
 EXPERIMENTS = {
-    "search": {**options("kd", alpha=[0.5, 0.9, 0.97, 1]), **options("fitnet", weight=[1, 10, 100, 1000]),
-               **options("at", weight=[100, 1000, 10000, 100000]), **options("vid", weight=[1, 3, 10, 30])},
-    "ablations": {"student": TrainConfig(), **variants("paper", "repdistiller", *CHANGED), **options("vid", weight=[1, 3])},
+    # Seven choices for each method: a coarse grid, then what looked promising after it.
+    "search": {**choices("kd", *({"alpha": value} for value in (0.5, 0.9, 0.97, 1)), *({"temperature": value} for value in (2, 6, 8))),
+               **choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)), {"tap": "group3", "weight": 1}),
+               **choices("at", *({"weight": value} for value in (100, 300, 1000, 2000, 3000, 10000, 100000))),
+               **choices("vid", *({"weight": value} for value in (1, 3, 10, 30)), {"variant": "initial-variance-1", "weight": 3},
+                         *({"variant": f"initial-variance-{value}", "weight": 10} for value in (1, 0.3)))},
+    "ablations": {"student": TrainConfig(), **choices("vid", *({"variant": name} for name in ("paper", "repdistiller")),
+                                                      *({"variant": name, "weight": 10} for name in CHANGED),
+                                                      *({"weight": value} for value in (1, 3)))},
 }
 
 

@@ -30,7 +30,7 @@ def read(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict] | None:
                 return None
             arrays = {name: file.get_tensor(name) for name in file.keys()}
         damaged = header["sha256"] != _checksum(arrays, header["facts"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = True
     if damaged:
         say(f"{path}: this cache is damaged; it is made again from the files beside it")

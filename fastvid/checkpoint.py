@@ -76,6 +76,11 @@ def load_weights(path: str | Path) -> Weights:
     return Weights({name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}, sha256, verified=False, path=path)
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_network(path: str | Path, depth: int, width: int, num_classes: int) -> WideResNet:
     """The WideResNet of these sizes with the weights of a file. Raises InputError as load_weights and build_network do."""
     return build_network(load_weights(path), depth, width, num_classes)
@@ -100,8 +105,17 @@ def build_network(weights: Weights, depth: int, width: int, num_classes: int) ->
     if missing or unexpected or misshapen:
         raise InputError(f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
                          f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller")
+    odd = [name for name in sorted(own.keys() - counters) if not _is_plain(tensors[name])]
+    if odd:
+        raise InputError(f"{path} holds weights that are no plain numbers (sparse, quantized, complex, integer or on no device): "
+                         f"{_some(odd)}: save them as floating-point tensors")
     network.load_state_dict(tensors, strict=False)
     return network.eval().requires_grad_(False)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return plain and not tensor.is_quantized and tensor.is_floating_point()
 
 
 def save_state(path: Path, state: dict) -> None:
@@ -146,9 +160,12 @@ def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
 def _metadata(content: bytes) -> dict:
     """Ours in a safetensors file: {} where there is none. Raises ValueError when it is no JSON object."""
     header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-    metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    entries = header.get("__metadata__", {})
+    metadata = json.loads(entries.get(METADATA_KEY, "{}"))
     if not isinstance(metadata, dict):
         raise ValueError(f"its metadata {METADATA_KEY!r} is no JSON object")
+    if not metadata and "tensors_sha256" in str(entries):
+        raise ValueError(f"our checksums are there, but not under {METADATA_KEY!r}")
     return metadata
 
 

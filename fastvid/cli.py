@@ -85,26 +85,24 @@ def _tell(line: str) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     config = _from_args(TrainConfig, args)
-    _refuse_if_held(config)
-    from fastvid.train import train
+    with _holding(config):
+        from fastvid.train import train
 
-    train(config)
+        train(config)
 
 
 def _reproduce(args: argparse.Namespace) -> None:
     grid, config = _from_args(Grid, args), _from_args(TrainConfig, args)
-    _refuse_if_held(config)
-    from fastvid.reproduce import reproduce
+    with _holding(config):
+        from fastvid.reproduce import reproduce
 
-    if reproduce(grid, config):
-        _report(argparse.Namespace(folder=config.out))
+        if reproduce(grid, config):
+            _report(argparse.Namespace(folder=config.out))
 
 
-def _refuse_if_held(config: TrainConfig) -> None:
-    """Say so at once, before the seconds that importing torch takes."""
-    if _who() == "fastvid" and Path(config.out, results.LOCK).exists():
-        with results.exclusive(Path(config.out)):
-            pass
+def _holding(config: TrainConfig) -> contextlib.AbstractContextManager:
+    """Hold the output folder from now on: before the seconds that importing torch takes. Of several ranks the first one does."""
+    return results.exclusive(results.open_folder(Path(config.out))) if _who() == "fastvid" else contextlib.nullcontext()
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -41,9 +41,13 @@ class Arrays:
         return len(self.labels)
 
     def is_whole(self) -> bool:
-        """Whether shapes, types and labels are as they should be."""
-        return (self.images.dtype == np.uint8 and self.images.shape == (len(self), SIZE, SIZE, 3) and self.labels.dtype == np.int64
-                and self.labels.ndim == 1 and len(self.mean) == len(self.std) == 3
+        """Whether shapes, types, labels, names and constants are as they should be."""
+        constants = (*self.mean, *self.std)
+        if not all(type(value) is float and 0 <= value <= 1 for value in constants) or not all(self.std):
+            return False
+        return (all(isinstance(name, str) for name in self.class_names)
+                and self.images.dtype == np.uint8 and self.images.shape == (len(self), SIZE, SIZE, 3)
+                and self.labels.dtype == np.int64 and self.labels.ndim == 1 and len(self.mean) == len(self.std) == 3
                 and (not len(self) or 0 <= self.labels.min() <= self.labels.max() < len(self.class_names)))
 
     def sha256(self) -> str:

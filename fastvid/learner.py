@@ -123,8 +123,8 @@ class Learner:
         return int(self._failed_steps)
 
     def has_failed(self) -> bool:
-        """Whether it stands still. Waits for the device."""
-        return self.failed_steps() > 0 or self.scale_is_lost()
+        """Whether it stands still, or its losses are beyond counting. Waits for the device."""
+        return self.failed_steps() > 0 or self.scale_is_lost() or not self.loss_sums.isfinite().all()
 
     def scale_is_lost(self) -> bool:
         """Whether gradients in fp16 were not finite at ever smaller scales of the loss, so that step after step was skipped. Waits."""
@@ -152,17 +152,29 @@ class Learner:
         return [*self.parameters, *self.network.buffers(), *self.method.buffers(), *momenta, *sums]
 
     def state(self) -> dict:
-        return {"network": self.network.state_dict(), "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
+        return {**self._named(), "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
 
     def load_state(self, state: dict) -> None:
-        """Before the first step: an optimizer that loads replaces its tensors. Raises ValueError when a momentum fits no parameter."""
-        for part in ("network", "method", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        for parameter in self.parameters if self.optimizer.defaults["momentum"] else ():
-            momentum = self.optimizer.state[parameter]["momentum_buffer"]
-            if momentum.shape != parameter.shape or momentum.dtype != parameter.dtype:  # the fused step would write beyond it
-                raise ValueError(f"a momentum is {momentum.dtype} {tuple(momentum.shape)}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.loss_sums.copy_(state["loss_sums"])
+        """Take over the values of `state`, each into the tensor that is there. Raises ValueError when one fits none."""
+        for part, own in self._named().items():
+            _fill(own, state[part], part)
+        _fill({"loss_sums": self.loss_sums}, {"loss_sums": state["loss_sums"]}, "state")
+        if self.scaler.is_enabled():
+            changing = {"scale": float(state["scaler"]["scale"]), "_growth_tracker": int(state["scaler"]["_growth_tracker"])}
+            self.scaler.load_state_dict(self.scaler.state_dict() | changing)
+
+    def _named(self) -> dict[str, dict[str, Tensor]]:
+        """What a step changes and the next start needs, by part and name."""
+        momenta = {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in self.student.named_parameters()
+                   if self.optimizer.defaults["momentum"]}
+        return {"network": self.network.state_dict(), "method": self.method.state_dict(), "momenta": momenta}
+
+
+@torch.no_grad()
+def _fill(own: dict[str, Tensor], given: dict[str, Tensor], part: str) -> None:
+    if own.keys() != given.keys():
+        raise ValueError(f"its {part} has other names: {', '.join(sorted(own.keys() ^ given.keys())[:4])}")
+    for name, tensor in own.items():
+        if given[name].shape != tensor.shape or given[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} of its {part} is {given[name].dtype} {tuple(given[name].shape)}")
+        tensor.copy_(given[name])

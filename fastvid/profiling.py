@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch.profiler import ProfilerActivity, record_function
 
 from fastvid.device import synchronize
 from fastvid.engine import GroupStep
+from fastvid.errors import InputError
+from fastvid.files import write_atomic
 from fastvid.loader import TrainLoader
 
 STEPS = 5
@@ -58,8 +61,13 @@ def profile(step: GroupStep, loader: TrainLoader, epoch: int, folder: Path | Non
     name, time, count = costs[0]
     largest = f"largest cost of a step: {name}, {time / total:.0%} of {total / STEPS / 1000:.2f} ms in {count / STEPS:.0f} calls"
     if folder:
-        profiler.export_chrome_trace(str(folder / "profile.json"))
-        (folder / "profile.txt").write_text("\n".join([*lines, "", largest]) + "\n")
+        with tempfile.TemporaryDirectory(prefix=".profile-", dir=folder) as temporary:
+            trace = Path(temporary, "profile.json")
+            profiler.export_chrome_trace(str(trace))
+            if not trace.is_file():  # on a full disk it says nothing
+                raise InputError(f"{folder / 'profile.json'}: cannot write the trace: make room there, or leave out --profile")
+            write_atomic(folder / "profile.json", trace.read_bytes())
+        write_atomic(folder / "profile.txt", ("\n".join([*lines, "", largest]) + "\n").encode())
         largest += f" (more in {folder / 'profile.txt'}, trace in {folder / 'profile.json'})"
     return largest
 

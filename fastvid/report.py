@@ -50,6 +50,15 @@ def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
     if not (folder / results.FILE).is_file():
         raise InputError(f"{folder} holds no {results.FILE}, so it is no output folder of fastvid: {remedy}")
     found, remarks = results.read(folder)
+    for section in table.sections(found):
+        runs = section.runs
+        mixed = {"teachers": {run.teacher_sha256 for run in runs} - {None}, f"sets of {section.dataset}": {run.data_sha256 for run in runs},
+                 "versions of fastvid": {str(run.environment.get("fastvid")) for run in runs}}
+        for what, values in mixed.items():
+            if len(values) > 1:
+                names = ", ".join(sorted(value[:12] for value in values))
+                raise InputError(f"{folder / results.FILE} holds results of {len(values)} {what} ({names}), which belong into no common "
+                                 "table: report each from a folder of its own")
     if not found:
         unreadable = f", only {len(remarks)} unreadable line(s)" if remarks else ""
         raise InputError(f"{folder / results.FILE} holds no finished result yet{unreadable}: let a run finish, then report again")

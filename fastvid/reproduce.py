@@ -9,9 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from fastvid import distributed, results
+from fastvid.checkpoint import sha256_of
 from fastvid.config import Grid, TrainConfig, method_parts
 from fastvid.distributed import Ranks
 from fastvid.errors import InputError
+from fastvid.progress import say
+from fastvid.run import resume_file
 from fastvid.train import load_data, load_split, train_group
 
 
@@ -45,7 +48,13 @@ def reproduce(grid: Grid, config: TrainConfig) -> bool:
 
 def train_teacher(config: TrainConfig, ranks: Ranks) -> str:
     """Path of the teacher of this grid, trained unless it is there. Raises InputError when its weights are gone."""
-    (teacher,) = train_group(dataclasses.replace(config, method=("teacher",), per_class=None, seed=0), ranks.alone())
+    config = dataclasses.replace(config, method=("teacher",), per_class=None, seed=0)
+    path, (found, _) = resume_file(config).with_suffix(".safetensors"), results.read(Path(config.out))
+    taught_by = {run.teacher_sha256 for run in found} - {None}
+    if path.is_file() and taught_by == {sha256_of(path)} and not any(run.method == "teacher" for run in found):
+        say(f"{path} taught the students of {results.FILE}, which has lost the result of it: taken as it is")
+        return str(path)
+    (teacher,) = train_group(config, ranks.alone())
     path = Path(config.out) / teacher.weights
     if not path.exists():
         raise InputError(f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out")

@@ -85,6 +85,8 @@ class RunResult:
     """compiling, warming up and capturing, outside `seconds`; of the whole group"""
     evaluation_seconds: float | None = None
     """of this run, outside `seconds`"""
+    checkpoint_seconds: float | None = None
+    """writing resume states, outside `seconds`"""
     peak_memory: int | None = None
     """bytes, so far: of tensors on a GPU, of the whole process on a CPU"""
 
@@ -143,7 +145,7 @@ def append(folder: Path, result: RunResult) -> None:
             before = path.read_bytes() if path.exists() else b""
             write_atomic(path, before + (b"\n" if before and not before.endswith(b"\n") else b"") + line.encode())
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}; make room, then start again") from error
+        raise InputError(f"{path}: cannot write: {error.strerror or error}; see to the folder, then start again") from error
 
 
 def read(folder: Path) -> tuple[list[RunResult], list[str]]:

@@ -35,7 +35,7 @@ from fastvid.progress import say
 from fastvid.results import Evaluation, RunResult
 from fastvid.wresnet import WideResNet
 
-_CLOCKS = ("seconds", "preparation_seconds", "evaluation_seconds")
+_CLOCKS = ("seconds", "preparation_seconds", "evaluation_seconds", "checkpoint_seconds")
 
 
 class Run:
@@ -55,7 +55,7 @@ class Run:
         self.origins = [{**{name: environment(device)[name] for name in ("commit", "device", "threads")}, "engine": engine}]
         self.group = [self.method]
         self._floored: set[str] = set()
-        self.seconds = self.preparation_seconds = self.evaluation_seconds = 0.0
+        self.seconds = self.preparation_seconds = self.evaluation_seconds = self.checkpoint_seconds = 0.0
         if self.resume_path.exists():
             self._load()
 
@@ -90,8 +90,8 @@ class Run:
         self._floored |= floored.keys()
 
     def save(self, position: int) -> None:
-        """Write the resume state after `position` steps; the first rank does it for all."""
-        self.position = position
+        """Write the resume state after `position` steps; the first rank does it for all. What it costs is in the next one."""
+        started, self.position = time.perf_counter(), position
         loss_sums = self.ranks.sum(self.learner.loss_sums)
         if not self.ranks.first:
             return
@@ -103,6 +103,7 @@ class Run:
             "ranks": self.ranks.world_size, "position": position, "history": history,
             "learner": {**self.learner.state(), "loss_sums": loss_sums},
             **{name: getattr(self, name) for name in _CLOCKS}})
+        self.checkpoint_seconds += time.perf_counter() - started
 
     def _require_finite(self, tensors: Iterable[Tensor]) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -130,17 +131,17 @@ class Run:
             self.learner.load_state(state["learner"])
             if not self.ranks.first:  # the sums are those of all ranks
                 self.learner.loss_sums.zero_()
-            self.position = int(state["position"])
+            self.position = state["position"]
             for name in _CLOCKS:
                 setattr(self, name, float(state[name]))
             self.group = [str(name) for name in state["group"]]
             self.history = [Evaluation(**point) for point in state["history"]]
             for point in self.history:
                 results.check_types(point)
-            if not all(math.isfinite(getattr(self, name)) for name in _CLOCKS):
+            if not all(0 <= getattr(self, name) < math.inf for name in _CLOCKS):
                 raise ValueError("seconds that are none")
             steps = self.config.epochs * -(-len(self.data.train) // self.config.batch_size)
-            if not 0 <= self.position <= steps:
+            if type(self.position) is not int or not 0 <= self.position <= steps:
                 raise ValueError(f"step {self.position} of {steps}")
         except InputError:
             raise
@@ -169,7 +170,8 @@ class Run:
             environment={
                 **environment(self.device), **{name: self._origin(name) for name in self.origins[0]},
                 "loader": describe(config.loader), "ranks": self.ranks.world_size},
-            preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds, peak_memory=peak_memory(self.device))
+            preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds,
+            checkpoint_seconds=self.checkpoint_seconds, peak_memory=peak_memory(self.device))
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
@@ -197,8 +199,8 @@ def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, f
         raise InputError(f"{config.out} holds results of another teacher (SHA-256 {min(taught_by or teachers)[:12]}, now "
                          f"{teacher_sha256[:12]}): {remedy}")
     if config.method == ("teacher",) and taught_by - teachers:
-        raise InputError(f"{config.out} holds students of a teacher that was given (SHA-256 {min(taught_by - teachers)[:12]}), "
-                         f"so none is trained there: {remedy}")
+        raise InputError(f"{config.out} holds students of a teacher (SHA-256 {min(taught_by - teachers)[:12]}) whose result is not there, "
+                         "so none is trained there: give that one as --teacher, or another --out")
     for result in found:
         same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
         _require_same(result.config, identity(same_run), f"the {result.method} run in {Path(config.out) / results.FILE}",

@@ -5,7 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from fastvid import cache, datasets, decode
 
@@ -135,3 +137,27 @@ def test_a_folder_that_cannot_be_written_is_read_anew_with_a_note(folder, capsys
 def test_digits_need_no_cache(tmp_path):
     datasets.load("digits", tmp_path, "train")
     assert not (tmp_path / datasets.CACHE).exists()
+
+
+@pytest.mark.parametrize("constants", [("0.5", 0.5, 0.5), (0.0, 0.5, 0.5), (float("nan"), 0.5, 0.5), (2.0, 0.5, 0.5)], ids=str)
+def test_a_cache_with_constants_that_are_none_is_made_again(folder, constants):
+    made, path = load(folder), folder / datasets.CACHE / "folder-train.safetensors"
+    with cache.safe_open(path, framework="np") as file:
+        key = json.loads(file.metadata()[cache.METADATA_KEY])["key"]
+    cache.write(path, key, {"images": made.images, "labels": made.labels},
+                {"class_names": made.class_names, "mean": made.mean, "std": constants})
+    assert same(load(folder), made)
+
+
+def test_a_cache_of_a_type_that_numpy_lacks_or_nested_without_end_is_made_again(folder, capsys):
+    made, path = load(folder), folder / datasets.CACHE / "folder-train.safetensors"
+    for content in (save({"images": torch.zeros(4, dtype=torch.float8_e4m3fn)}, {cache.METADATA_KEY: header_of(path)}),
+                    save({"images": torch.zeros(4)}, {cache.METADATA_KEY: "[" * 100_000})):
+        path.write_bytes(content)
+        assert same(load(folder), made)
+        assert "this cache is damaged; it is made again" in capsys.readouterr().err
+
+
+def header_of(path):
+    with cache.safe_open(path, framework="np") as file:
+        return file.metadata()[cache.METADATA_KEY]

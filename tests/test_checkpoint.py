@@ -246,3 +246,26 @@ def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, text):
     save_file(SMALL, tmp_path / "a.safetensors", {"fastvid": text})
     with pytest.raises(InputError, match="a.safetensors: not a readable safetensors file"):
         load_weights(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param(lambda tensor: tensor.to_sparse(), id="sparse"), pytest.param(lambda tensor: tensor.to("meta"), id="meta"),
+    pytest.param(lambda tensor: tensor.to(torch.complex64), id="complex"),
+    pytest.param(lambda tensor: tensor.to(torch.int32), id="integer"),
+    pytest.param(lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), id="quantized")])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_weights_that_are_no_plain_numbers_are_refused_with_their_name(tmp_path, change):
+    state = WideResNet(10, 1).state_dict()
+    torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="a.pth(: not a readable torch file| holds weights that are no plain numbers .*: fc.weight: )"):
+        load_network(tmp_path / "a.pth", 10, 1, 10)
+
+
+def test_a_damaged_name_of_our_metadata_does_not_turn_a_file_into_a_foreign_one(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_weights(path, WideResNet(10, 1).state_dict(), {"dataset": "digits"})
+    content = path.read_bytes()
+    assert content.count(b'"fastvid"') == 1
+    path.write_bytes(content.replace(b'"fastvid"', b'"gastvid"'))
+    with pytest.raises(InputError, match="our checksums are there, but not under 'fastvid'.*: copy it again"):
+        load_weights(path)

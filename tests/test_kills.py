@@ -156,3 +156,26 @@ def test_a_second_process_on_a_folder_ends_within_two_seconds_and_names_the_firs
     assert second.returncode == 2 and f"another fastvid (process {os.getpid()} on " in second.stderr
     assert seconds < 2 and second.stderr.count("\n") == 1
     figure("second process", f"ends after {seconds:.1f} s")
+
+
+@pytest.mark.parametrize("what", ["train", "reproduce"])
+def test_of_two_that_start_at_once_in_a_new_folder_one_ends_within_two_seconds(what, tmp_path, teacher, figure):
+    """Two seconds where nothing else runs; it imports no torch, which takes most of a start."""
+    command = [sys.executable, "-X", "importtime", "-m", "fastvid", what, "--dataset", "digits", "--out", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) for _ in range(2)]
+    try:
+        began = time.monotonic()
+        while all(process.poll() is None for process in both):
+            time.sleep(0.01)
+        seconds = time.monotonic() - began
+        (second,) = [process for process in both if process.poll() is not None]
+        (first,) = [process for process in both if process is not second]
+        *imports, line = second.stderr.read().splitlines()
+        assert second.returncode == 2 and f"another fastvid (process {first.pid} on " in line
+        assert not any(entry.split("|")[-1].strip() == "torch" for entry in imports)
+        assert seconds < 10
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    figure(f"two of {what} at once", f"one ends after {seconds:.1f} s, Python's start included, and names the other")

@@ -405,3 +405,14 @@ def test_settings_that_fastvid_never_writes_end_in_one_line_or_in_a_table(settin
     except InputError as error:
         assert re.match(f"{tmp_path}/results.jsonl holds settings that fastvid never writes \\(.*\\): take out the lines", str(error))
         assert files_in(tmp_path) == {results.FILE}
+
+
+@pytest.mark.parametrize("changed, what", [
+    ({"teacher_sha256": "2" * 64}, "2 teachers \\(111111111111, 222222222222\\)"), ({"data_sha256": "e" * 64}, "2 sets of digits \\("),
+    ({"environment": {"fastvid": "0.0.9"}}, "2 versions of fastvid \\(0.0.9, None\\)")])
+def test_results_that_belong_into_no_common_table_are_refused(tmp_path, changed, what):
+    results.append(tmp_path, run("vid", 70.0, teacher=90.0))
+    results.append(tmp_path, dataclasses.replace(run("vid", 60.0, seed=1, teacher=90.0), **changed))
+    with pytest.raises(InputError, match=f"results.jsonl holds results of {what}.*: report each from a folder of its own"):
+        report(tmp_path)
+    assert files_in(tmp_path) == {results.FILE}

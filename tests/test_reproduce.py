@@ -134,3 +134,18 @@ def test_what_is_wrong_anywhere_in_the_grid_is_said_before_anything_is_trained(t
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastvid: error: ") and phrase in line
     assert not steps
+
+
+def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teacher_that_is_there(tmp_path, steps, capsys):
+    out = tmp_path / "out"
+    assert reproduce(out, "--fractions", "10", "--seeds", "1") == 0
+    path = out / results.FILE
+    _, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(others))
+    steps.clear()
+    assert reproduce(out, "--fractions", "10", "--seeds", "2") == 0
+    assert "teacher-full-seed0.safetensors taught the students of results.jsonl, which has lost the result of it" in capsys.readouterr().err
+    assert steps == [["student", "vid"]] * 2
+    (out / "teacher-full-seed0.safetensors").unlink()
+    assert reproduce(out, "--fractions", "10", "--seeds", "3") == 2
+    assert "whose result is not there, so none is trained there: give that one as --teacher" in capsys.readouterr().err

@@ -1,10 +1,9 @@
 """bench/variants.py: variants of one method share a group, one that diverges leaves the others alone, and the fixed variance stays."""
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
+import variants as variants_module
 
 from fastvid import checkpoint, results
 from fastvid.config import TrainConfig, VIDOptions
@@ -16,12 +15,8 @@ SHARED = {"device": "cpu", "dataset": "digits", "per_class": 6, "validation_per_
 
 @pytest.fixture
 def variants(monkeypatch):
-    path = Path(__file__).resolve().parents[1] / "bench" / "variants.py"
-    spec = importlib.util.spec_from_file_location("variants", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(vid, "VARIANTS", dict(vid.VARIANTS))
-    return module
+    return variants_module
 
 
 def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(variants, teacher, tmp_path, monkeypatch):
@@ -52,7 +47,7 @@ def test_a_variant_has_the_bits_of_the_same_run_by_the_command(variants, teacher
 
 
 def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path, monkeypatch):
-    chosen = ("vid-only-stem", "vid-no-batch-norm", "vid-narrow", "vid-fixed-variance-1")
+    chosen = tuple(f"vid-{name}-weight-10" for name in ("only-stem", "no-batch-norm", "narrow", "fixed-variance-1"))
     whole = variants.EXPERIMENTS["ablations"]
     monkeypatch.setitem(variants.EXPERIMENTS, "ablations", {name: whole[name] for name in chosen})
     variants.train("ablations", tmp_path / "out", teacher=teacher, **SHARED)
@@ -61,10 +56,10 @@ def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path, mon
         (path,) = (tmp_path / "out" / name).glob("*.safetensors")
         tensors = checkpoint.load_weights(path).tensors
         shapes[name] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    assert {key.split(".")[1] for key in shapes["vid-only-stem"]} == {"0"}
-    assert not any("running_mean" in key for key in shapes["vid-no-batch-norm"])
-    assert shapes["vid-narrow"]["regressors.1.hidden.0.weight"].shape[0] == 32
-    fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1"]["raw_scales.0"]) + vid.VARIANTS["paper"].eps
+    assert {key.split(".")[1] for key in shapes["vid-only-stem-weight-10"]} == {"0"}
+    assert not any("running_mean" in key for key in shapes["vid-no-batch-norm-weight-10"])
+    assert shapes["vid-narrow-weight-10"]["regressors.1.hidden.0.weight"].shape[0] == 32
+    fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1-weight-10"]["raw_scales.0"]) + vid.VARIANTS["paper"].eps
     torch.testing.assert_close(fixed, torch.ones(16))
 
 
