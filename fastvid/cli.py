@@ -48,23 +48,32 @@ def main(argv: list[str] | None = None) -> int:
         _tell(f"fastvid: {error}")
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, Interrupted)
-        message = str(error) if interrupted else "interrupted: the same command starts again where it was"
+        message = str(error) if isinstance(error, Interrupted) else "interrupted: the same command starts again where it was"
         if message:
             _tell(f"{_who()}: {message}")
-        return 128 + (error.number if interrupted else SIGTERM if isinstance(error, signals.Terminated) else SIGINT)
+        return _signal_code(error)
 
 
 def program() -> NoReturn:
     """The process `fastvid`, or one of those that torchrun started."""
-    code = main()
-    signals.ignore()  # it ends
+    try:
+        code = main()
+        signals.ignore()  # it ends
+    except KeyboardInterrupt as error:  # between those two lines
+        signals.ignore()
+        code = _signal_code(error)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # else it could abort on its way out, over a thread of gloo that is still there
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _signal_code(error: Interrupted | KeyboardInterrupt) -> int:
+    if isinstance(error, Interrupted):
+        return 128 + error.number
+    return 128 + (SIGTERM if isinstance(error, signals.Terminated) else SIGINT)
 
 
 def _who() -> str:

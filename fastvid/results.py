@@ -114,13 +114,11 @@ def open_folder(path: Path) -> Path:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the output folder; nested calls of one process share it. Raises InputError that names the process which holds it."""
-    holder = ""
     lock = FileLock(folder / LOCK, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
-        with contextlib.suppress(OSError):
-            holder = f" ({(folder / _HOLDER).read_text(errors='replace').strip()})"
+        holder = _holder(folder)
         raise InputError(f"another fastvid{holder} is at work in {folder}: wait for it, or give another --out") from error
     try:
         if lock.lock_counter == 1:
@@ -133,6 +131,16 @@ def exclusive(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (folder / _HOLDER).unlink()
         lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Who has the folder, in parentheses; it says so just after it has taken it."""
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            return f" ({(folder / _HOLDER).read_text(errors='replace').strip()})"
+        time.sleep(0.02)
+    return ""
 
 
 def append(folder: Path, result: RunResult) -> None:
