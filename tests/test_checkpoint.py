@@ -154,6 +154,7 @@ def test_regressors_beside_a_student_do_not_hinder_loading_it(tmp_path):
     assert same(load_network(tmp_path / "a.safetensors", 10, 1, 10).state_dict(), state)
 
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("depth, width, classes, phrase", [
     pytest.param(10, 2, 10, "holds a WRN-10-1 for 10 classes, but a WRN-10-2 for 10 was asked for: set --teacher-depth and --teacher-width",
                  id="width"),
@@ -248,6 +249,7 @@ def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, text):
         load_weights(tmp_path / "a.safetensors")
 
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("change", [
     pytest.param(lambda tensor: tensor.to_sparse(), id="sparse"), pytest.param(lambda tensor: tensor.to("meta"), id="meta"),
     pytest.param(lambda tensor: tensor.to(torch.complex64), id="complex"),

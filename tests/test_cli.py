@@ -177,6 +177,7 @@ def test_a_wrong_folder_layout_is_told_with_the_right_one(refused, tmp_path, pre
 
 # --- teachers
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("sizes, phrase", [
     pytest.param((10, 2, 10),
                  "holds a WRN-10-2 for 10 classes, but a WRN-10-1 for 10 was asked for: set --teacher-depth and --teacher-width",
@@ -244,6 +245,7 @@ def finished(tmp_path_factory):
     return folder / "out", teacher
 
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("options, phrase", [
     pytest.param(["--learning-rate", "0.05"], "learning_rate = 0.1, but now it is 0.05: give the old settings or another --out",
                  id="number"),
@@ -260,6 +262,7 @@ def test_results_of_another_configuration_are_not_mixed_with_this_one(refused, f
     assert before == (sorted(path.name for path in out.iterdir()), (out / "results.jsonl").read_bytes())
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_results_of_another_teacher_are_not_mixed_with_this_one(refused, finished, tmp_path):
     out, _ = finished
     other = save_network(tmp_path / "other.safetensors", 10, 1, change=lambda state: state["fc.bias"].add_(1))
@@ -332,6 +335,7 @@ def image_folder(root, grey):
     return str(root)
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_other_images_under_the_same_name_do_not_continue_a_folder_of_results(refused, tmp_path):
     one, other = image_folder(tmp_path / "one", 10), image_folder(tmp_path / "other", 11)
     options = ["--dataset", "folder", "--method", "student", "--per-class", "7", "--batch-size", "8"]
@@ -340,6 +344,7 @@ def test_other_images_under_the_same_name_do_not_continue_a_folder_of_results(re
     assert "holds results of another folder" in message and "give the old data or another --out" in message
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_a_teacher_that_says_it_was_trained_on_other_classes_or_constants_is_refused(refused, finished, tmp_path):
     out, _ = finished
     data = image_folder(tmp_path / "data", 10)

@@ -15,6 +15,8 @@ from fastvid import cache, checkpoint, cli, datasets, results
 from fastvid.errors import InputError
 from fastvid.wresnet import WideResNet
 
+pytestmark = pytest.mark.survival("reads")
+
 MUTANTS = 3000  # of each type of file
 
 

@@ -116,6 +116,7 @@ def test_losses_are_means_over_images_and_start_anew_with_an_epoch_that_an_earli
     assert one.losses(4) == (7.0, 0.0)
 
 
+@pytest.mark.survival("numbers")
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["", "clipped"])
 @pytest.mark.parametrize("task, transfer, slope", [(math.nan, 0.0, 1.0), (1.0, math.inf, 1.0), (1.0, 0.0, math.nan), (1.0, 0.0, math.inf)],
                          ids=["nan-task", "infinite-transfer", "nan-gradient", "infinite-gradient"])

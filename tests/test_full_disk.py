@@ -13,6 +13,8 @@ from fastvid.errors import InputError
 from fastvid.report import report
 from fastvid.wresnet import WideResNet
 
+pytestmark = pytest.mark.survival("writes")
+
 POINTS = 60  # of each type of file
 
 

@@ -21,6 +21,8 @@ import torch
 
 from fastvid import cli, results
 
+pytestmark = pytest.mark.survival("kills and signals")
+
 SETTINGS = {
     "fp32-dali": ("--precision", "fp32", "--loader", "dali"), "bf16-dali": ("--precision", "bf16", "--loader", "dali"),
     "fp32-torch": ("--precision", "fp32", "--loader", "torch"), "bf16-torch": ("--precision", "bf16", "--loader", "torch"),

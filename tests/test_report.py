@@ -407,6 +407,7 @@ def test_settings_that_fastvid_never_writes_end_in_one_line_or_in_a_table(settin
         assert files_in(tmp_path) == {results.FILE}
 
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("changed, what", [
     ({"teacher_sha256": "2" * 64}, "2 teachers \\(111111111111, 222222222222\\)"), ({"data_sha256": "e" * 64}, "2 sets of digits \\("),
     ({"environment": {"fastvid": "0.0.9"}}, "2 versions of fastvid \\(0.0.9, None\\)")])

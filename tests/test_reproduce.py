@@ -136,6 +136,7 @@ def test_what_is_wrong_anywhere_in_the_grid_is_said_before_anything_is_trained(t
     assert not steps
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teacher_that_is_there(tmp_path, steps, capsys):
     out = tmp_path / "out"
     assert reproduce(out, "--fractions", "10", "--seeds", "1") == 0

@@ -19,6 +19,8 @@ from fastvid.learner import Learner
 from fastvid.methods import build
 from fastvid.wresnet import WideResNet
 
+pytestmark = pytest.mark.survival("soak")
+
 METHODS = ("student", "kd", "fitnet", "at", "vid", "kd+at", "kd+vid")
 
 
@@ -54,6 +56,9 @@ def test_memory_files_and_threads_stay_as_they_are(cifar10_root, teacher_file, t
     assert np.median(files[:len(files) // 4]) == np.median(files[-(len(files) // 4):])
     assert slope < 1 if long else quarters[-1] - quarters[0] < 8, f"{slope:.2f} MiB/h, quarters {quarters}"
     assert time.monotonic() - steps_at < 60
+    saving = state["checkpoint_seconds"] / (state["checkpoint_seconds"] + state["seconds"])
+    assert saving < 0.02
+    figure("cost of checkpoints", f"{saving:.2%} of that training, with --checkpoint-every {every}")
     figure("soak", f"{seconds - warm_up} s after a warm-up of {warm_up} s, {state['position']:,} steps: resident memory {slope:+.2f} MiB/h "
            f"({quarters[0]:.1f} to {quarters[-1]:.1f} MiB by quarters), {threads[0]:.0f} threads, {np.median(files):.0f} files throughout")
 

@@ -179,6 +179,7 @@ def test_a_method_added_to_an_interrupted_group_is_trained_beside_it(tiny, inter
     assert [result.group for result in resumed] == [["student"], ["vid"]], "they did not share their batches"
 
 
+@pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("change, phrase", [
     pytest.param({"learning_rate": 0.05}, "was made with learning_rate = 0.1, but now it is 0.05: give the old settings, another --out",
                  id="setting"),
@@ -344,6 +345,7 @@ def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny,
     assert seen == saves and bits(run) == bits(whole) and run.history == whole.history
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_machine_told(tiny, interrupted, capsys):
     config = tiny("a", "student")
     interrupted(config, after=1)
@@ -362,6 +364,7 @@ def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_mach
     assert run.environment["commit"] == f"0123abc, then {origin['commit']}"
 
 
+@pytest.mark.survival("wrong but well-formed")
 def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
     train(tiny("a", "student"))
     monkeypatch.setattr("fastvid.__version__", "9.9")
@@ -371,6 +374,7 @@ def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
 
 # --- numbers that are none
 
+@pytest.mark.survival("numbers")
 def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_without_it(tiny):
     (whole,) = train(tiny("whole", "student"))
     with pytest.raises(InputError, match=r"vid diverged in step 1: the loss of vid at (stem|group\d) is (inf|nan); nothing of that"):
@@ -380,6 +384,7 @@ def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_with
     assert bits(student) == bits(whole) and student.history == whole.history
 
 
+@pytest.mark.survival("numbers")
 def test_a_sum_of_losses_that_overflows_is_refused_and_leaves_no_result(tiny):
     config = tiny("a", "vid", vid=VIDOptions(weight=2e37), learning_rate=0.0)
     with pytest.raises(InputError, match="vid diverged by step 1: the losses of its epoch add up to .* and inf for the transfer"):
@@ -387,6 +392,7 @@ def test_a_sum_of_losses_that_overflows_is_refused_and_leaves_no_result(tiny):
     assert results.read(Path(config.out)) == ([], [])
 
 
+@pytest.mark.survival("numbers")
 def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_good_state_stays(tiny, monkeypatch):
     config, forward, count = tiny("a", "student", epochs=4, checkpoint_every="1epoch"), WideResNet.forward, itertools.count(1)
 
@@ -405,6 +411,7 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_
     assert bits(*train(config)) == bits(*train(tiny("whole", "student", epochs=4)))
 
 
+@pytest.mark.survival("numbers")
 def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
     (whole,) = train(tiny("whole", "student", precision="fp16", epochs=20))
     config = tiny("a", "student", "vid", precision="fp16", epochs=20, vid=VIDOptions(weight=1e30))
@@ -415,6 +422,7 @@ def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
     assert bits(student) == bits(whole)
 
 
+@pytest.mark.survival("numbers")
 def test_variances_at_their_floor_are_reported_once(tiny, monkeypatch, capsys):
     paper = vid.VARIANTS["paper"]
     monkeypatch.setitem(vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, initial_variance=1.001e-3))
@@ -497,6 +505,7 @@ def test_fp16_trains_on_the_cpu_to_finite_weights(tiny):
         assert result.config["precision"] == "fp16"
 
 
+@pytest.mark.survival("numbers")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_diverging_run_ends_with_the_method_and_a_remedy_and_leaves_no_result(tiny, capsys, precision):
     config = tiny("a", "student", learning_rate=1e6, epochs=10, precision=precision)
