@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(tmp_path, name
 
 def test_results_that_cannot_be_written_or_read_are_an_input_error(tmp_path):
     (tmp_path / "results.jsonl").mkdir()
-    with pytest.raises(InputError, match="results.jsonl: cannot write: .*; make room, then start again"):
+    with pytest.raises(InputError, match="results.jsonl: cannot write: .*; see to the folder, then start again"):
         results.append(tmp_path, RESULT)
     with pytest.raises(InputError, match="results.jsonl: cannot read"):
         results.read(tmp_path)
