@@ -105,17 +105,17 @@ def build_network(weights: Weights, depth: int, width: int, num_classes: int) ->
     if missing or unexpected or misshapen:
         raise InputError(f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
                          f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller")
-    odd = [name for name in sorted(own.keys() - counters) if not _is_plain(tensors[name])]
-    if odd:
+    odd = {name for name, tensor in tensors.items() if not _is_plain(tensor) or name not in counters and not tensor.is_floating_point()}
+    if odd - counters:
         raise InputError(f"{path} holds weights that are no plain numbers (sparse, quantized, complex, integer or on no device): "
-                         f"{_some(odd)}: save them as floating-point tensors")
-    network.load_state_dict(tensors, strict=False)
+                         f"{_some(sorted(odd))}: save them as floating-point tensors")
+    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in odd}, strict=False)
     return network.eval().requires_grad_(False)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-    return plain and not tensor.is_quantized and tensor.is_floating_point()
+    known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return known and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
 def save_state(path: Path, state: dict) -> None:

@@ -96,7 +96,7 @@ class GroupStep:
         self._teacher = self._eager_teacher = teacher and frozen(teacher, DTYPES[precision]).to(device)
         self._learning_rate: float | None = None
         self._prepared: dict[tuple, Callable[[Tensor, Tensor], None]] = {}
-        self._counts: dict[tuple[str, EvalLoader], Callable[[], Tensor]] = {}
+        self._counts: dict[tuple[Learner, EvalLoader], Callable[[], Tensor]] = {}
         self._streams = [_stream(device, 1 + number) if self.mode.captured else None for number in range(len(learners))]
         if self.mode.captured:
             self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of full and of short batches never run at once
@@ -186,7 +186,7 @@ class GroupStep:
         """As evaluate, for a learner of this group: captured, it is one launch."""
         if not self.mode.captured:
             return evaluate(learner.network, loader, self.device, self.precision)
-        key = learner.name, loader  # held as long as its graph reads it
+        key = learner, loader  # held as long as its graph reads them
         if key not in self._counts:
             self._counts[key] = self._timed(lambda: self._capture_count(learner, loader))
         return 100 * self._counts[key]().item() / loader.num_images

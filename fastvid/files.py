@@ -13,7 +13,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed while they wrote left behind."""
     for path in folder.glob(".*.partial"):
         process = path.name.split(".")[-2]
-        if process.isdigit() and not _is_alive(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -48,7 +48,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether this machine has a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

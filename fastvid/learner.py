@@ -147,9 +147,8 @@ class Learner:
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes, but the scaler's two numbers."""
-        momenta = (state["momentum_buffer"] for state in self.optimizer.state.values())
-        sums = (self.loss_sums, self.failed, self._failed_steps)
-        return [*self.parameters, *self.network.buffers(), *self.method.buffers(), *momenta, *sums]
+        named = (tensor for part in self._named().values() for tensor in part.values())
+        return [*named, self.loss_sums, self.failed, self._failed_steps]
 
     def state(self) -> dict:
         return {**self._named(), "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}

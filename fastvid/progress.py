@@ -31,12 +31,15 @@ class Progress:
 
     def advance(self, images: int) -> None:
         """So many more are done. The rate counts from the end of the first step, which may have waited for a compiler."""
-        if not self._advanced:
-            self._advanced, self._start, self._first = True, time.monotonic(), self._done + images
         self._done += images
-        if self._bar is not None:
+        if not self._advanced:
+            self._advanced, self._start, self._first = True, time.monotonic(), self._done
+            if self._bar is not None:
+                self._bar.reset()
+                self._bar.initial = self._bar.n = self._bar.last_print_n = self._done
+        elif self._bar is not None:
             self._bar.update(images)
-        elif time.monotonic() - self._last_line >= 6 * self._least_seconds:  # long epochs, or many between evaluations
+        if self._bar is None and time.monotonic() - self._last_line >= 6 * self._least_seconds:  # long epochs, or many between evaluations
             self._state()
 
     def status(self, text: str) -> None:

@@ -52,7 +52,10 @@ def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
     found, remarks = results.read(folder)
     for section in table.sections(found):
         runs = section.runs
-        mixed = {"teachers": {run.teacher_sha256 for run in runs} - {None}, f"sets of {section.dataset}": {run.data_sha256 for run in runs},
+        taught_by = {run.teacher_sha256 for run in runs} - {None}
+        trained = {run.weights_sha256 for run in runs if run.method == "teacher"}  # maybe with several seeds, of which one taught
+        mixed = {"teachers": taught_by | (trained if taught_by - trained else set()),
+                 f"sets of {section.dataset}": {run.data_sha256 for run in runs},
                  "versions of fastvid": {str(run.environment.get("fastvid")) for run in runs}}
         for what, values in mixed.items():
             if len(values) > 1:

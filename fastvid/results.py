@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from filelock import FileLock, Timeout
 
 from fastvid.errors import InputError
-from fastvid.files import remove_leftovers, write_atomic
+from fastvid.files import is_alive, remove_leftovers, write_atomic
 
 FILE = "results.jsonl"
 LOCK = ".lock"
@@ -134,11 +135,14 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _holder(folder: Path) -> str:
-    """Who has the folder, in parentheses; it says so just after it has taken it."""
+    """Who has the folder, in parentheses; it says so just after it has taken it. One that was killed left its name behind."""
     until = time.monotonic() + 1
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
-            return f" ({(folder / _HOLDER).read_text(errors='replace').strip()})"
+            text = (folder / _HOLDER).read_text(errors="replace").strip()
+            process = re.match(rf"process (\d+) on {re.escape(platform.node())},", text)
+            if not process or is_alive(int(process[1])):
+                return f" ({text})"
         time.sleep(0.02)
     return ""
 

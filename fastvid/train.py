@@ -71,8 +71,8 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
             say(f"{summary(finished[name])}; finished before")
             weights = out / finished[name].weights
             if not weights.is_file() or checkpoint.sha256_of(weights) != finished[name].weights_sha256:
-                say(f"{weights} is {'not what it was' if weights.is_file() else 'gone'}: the result stands; to make the weights again, "
-                    f"take its line out of {results.FILE}")
+                remedy = "put them back" if name == "teacher" else f"to make them again, take its line out of {results.FILE}"
+                say(f"{weights} {'are not what they were' if weights.is_file() else 'are gone'}: the result stands; {remedy}")
             if ranks.first:
                 resume_file(dataclasses.replace(config, method=(name,))).unlink(missing_ok=True)  # of a start that ended just before this
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
@@ -195,11 +195,11 @@ def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLo
         if run not in failed:
             run.save(done)
     run = failed[0]
-    if run.learner.scale_is_lost():
+    task, transfer = ranks.sum(run.learner.loss_sums).tolist()
+    if ranks.any(run.learner.scale_is_lost()):
         raise InputError(f"{run.method} diverged before step {done + 1:,}: its gradients in fp16 are not finite at any scale of the loss; "
                          "the weights stayed as they were: take --precision bf16, or lower its weight or --learning-rate")
-    if not run.learner.failed_steps():
-        task, transfer = run.learner.loss_sums.tolist()
+    if not ranks.any(run.learner.failed_steps() > 0):
         raise InputError(f"{run.method} diverged by step {done:,}: the losses of its epoch add up to {task} for the labels and {transfer} "
                          "for the transfer; nothing of that was saved: lower its weight or --learning-rate")
     good = done - run.learner.failed_steps()

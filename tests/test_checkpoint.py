@@ -271,3 +271,9 @@ def test_a_damaged_name_of_our_metadata_does_not_turn_a_file_into_a_foreign_one(
     path.write_bytes(content.replace(b'"fastvid"', b'"gastvid"'))
     with pytest.raises(InputError, match="our checksums are there, but not under 'fastvid'.*: copy it again"):
         load_weights(path)
+
+
+def test_the_counters_of_batch_norms_may_be_anything(tmp_path):
+    state = WideResNet(10, 1).state_dict()
+    torch.save(state | {"bn1.num_batches_tracked": torch.tensor(3, device="meta")}, tmp_path / "a.pth")
+    assert torch.equal(load_network(tmp_path / "a.pth", 10, 1, 10).fc.weight, state["fc.weight"])

@@ -34,7 +34,7 @@ def run(method: str, accuracy: float, *, per_class: int | None = None, dataset: 
         best_accuracy=accuracy if best is None else best, evaluated_on="validation" if held_out else "test",
         train_images=(size - held_out) * CLASSES[dataset], steps=40, seconds=seconds, images_per_second=100.0, group=group or [method],
         history=[Evaluation(epoch, accuracy * epoch / epochs, 1.0, 0.5, {}) for epoch in range(1, epochs + 1)],
-        weights=f"{method}.safetensors", weights_sha256="0" * 64, data_sha256="d" * 64,
+        weights=f"{method}.safetensors", weights_sha256="1" * 64, data_sha256="d" * 64,
         teacher_sha256=None if teacher is None else "1" * 64,
         teacher_accuracy=teacher, config=json.loads(json.dumps(dataclasses.asdict(config.resolved()))),
         environment={"torch": "2.10.0", "device": "a processor"})
@@ -409,6 +409,7 @@ def test_settings_that_fastvid_never_writes_end_in_one_line_or_in_a_table(settin
 
 @pytest.mark.survival("wrong but well-formed")
 @pytest.mark.parametrize("changed, what", [
+    ({"method": "teacher", "teacher_sha256": None, "weights_sha256": "3" * 64}, "2 teachers \\(111111111111, 333333333333\\)"),
     ({"teacher_sha256": "2" * 64}, "2 teachers \\(111111111111, 222222222222\\)"), ({"data_sha256": "e" * 64}, "2 sets of digits \\("),
     ({"environment": {"fastvid": "0.0.9"}}, "2 versions of fastvid \\(0.0.9, None\\)")])
 def test_results_that_belong_into_no_common_table_are_refused(tmp_path, changed, what):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -145,3 +146,15 @@ def test_a_run_is_known_by_data_set_method_subset_and_seed():
 def test_a_folder_with_nothing_but_the_lock_of_an_emptied_one_is_taken(tmp_path):
     (tmp_path / ".lock").touch()
     assert results.open_folder(tmp_path) == tmp_path
+
+
+def test_a_process_that_was_killed_is_not_named_as_the_holder(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    file = tmp_path / results._HOLDER
+    file.write_text(f"process {dead.pid} on {platform.node()}, since yesterday\n")
+    assert results._holder(tmp_path) == ""
+    file.write_text(f"process {os.getpid()} on {platform.node()}, since today\n")
+    assert results._holder(tmp_path) == f" (process {os.getpid()} on {platform.node()}, since today)"
+    file.write_text(f"process {dead.pid} on another-machine, since yesterday\n")
+    assert "another-machine" in results._holder(tmp_path), "nobody here knows about its processes"

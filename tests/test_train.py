@@ -265,13 +265,13 @@ def test_a_momentum_that_is_one_number_in_memory_is_not_written_through(tiny, in
     assert run.steps == 2 * STEPS
 
 
-@pytest.mark.parametrize("harm, said", [(Path.unlink, "gone"), (lambda path: path.write_bytes(b"x"), "not what it was")])
+@pytest.mark.parametrize("harm, said", [(Path.unlink, "are gone"), (lambda path: path.write_bytes(b"x"), "are not what they were")])
 def test_a_finished_run_whose_weights_are_lost_or_changed_is_told(harm, said, tiny, capsys):
     config = tiny("a", "student")
     (run,) = train(config)
     harm(Path(config.out, run.weights))
     assert train(config) == [run]
-    told = f"{run.weights} is {said}: the result stands; to make the weights again, take its line out of results.jsonl"
+    told = f"{run.weights} {said}: the result stands; to make them again, take its line out of results.jsonl"
     assert told in capsys.readouterr().err
 
 
