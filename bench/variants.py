@@ -110,9 +110,11 @@ def diverged(folder: Path, seed: int) -> Path:
 def show(folders: list[Path]) -> str:
     """A table: name, accuracy after the last epoch, mean ± standard deviation and number of runs."""
     accuracies = defaultdict(list)
-    for folder in (path for parent in folders for path in sorted(parent.iterdir()) if path.is_dir()):
-        accuracies[folder.name] += [run.accuracy for run in results.read(folder)[0]]
-        accuracies[folder.name] += [None for _ in folder.parent.glob(f"{folder.name}.diverged-seed*")]
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        if path.is_dir():
+            accuracies[path.name] += [run.accuracy for run in results.read(path)[0]]
+        elif ".diverged-seed" in path.name:
+            accuracies[path.name.partition(".diverged-seed")[0]].append(None)
     rows = ["| variant | accuracy % |", "|---|---:|"]
     for name, values in accuracies.items():
         reached = [value for value in values if value is not None]
