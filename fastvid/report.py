@@ -50,19 +50,23 @@ def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
     if not (folder / results.FILE).is_file():
         raise InputError(f"{folder} holds no {results.FILE}, so it is no output folder of fastvid: {remedy}")
     found, remarks = results.read(folder)
-    for section in table.sections(found):
-        runs = section.runs
-        taught_by = {run.teacher_sha256 for run in runs} - {None}
-        trained = {run.weights_sha256 for run in runs if run.method == "teacher"}  # maybe with several seeds, of which one taught
-        mixed = {"teachers": taught_by | (trained if taught_by - trained else set()),
-                 f"sets of {section.dataset}": {run.data_sha256 for run in runs},
-                 "versions of fastvid": {str(run.environment.get("fastvid")) for run in runs}}
-        for what, values in mixed.items():
-            if len(values) > 1:
-                names = ", ".join(sorted(value[:12] for value in values))
-                raise InputError(f"{folder / results.FILE} holds results of {len(values)} {what} ({names}), which belong into no common "
-                                 "table: report each from a folder of its own")
     if not found:
         unreadable = f", only {len(remarks)} unreadable line(s)" if remarks else ""
         raise InputError(f"{folder / results.FILE} holds no finished result yet{unreadable}: let a run finish, then report again")
+    for section in table.sections(found):
+        _refuse_mixture(folder, section)
     return found, remarks
+
+
+def _refuse_mixture(folder: Path, section: table.Section) -> None:
+    """Raises InputError for results that fastvid would not have written into one folder."""
+    taught_by = {run.teacher_sha256 for run in section.runs} - {None}
+    trained = {run.weights_sha256 for run in section.runs if run.method == "teacher"}  # maybe with several seeds, of which one taught
+    mixed = {"teachers": taught_by | (trained if taught_by - trained else set()),
+             f"sets of {section.dataset}": {run.data_sha256 for run in section.runs},
+             "versions of fastvid": {str(run.environment.get("fastvid")) for run in section.runs}}
+    for what, values in mixed.items():
+        if len(values) > 1:
+            names = ", ".join(sorted(value[:12] for value in values))
+            raise InputError(f"{folder / results.FILE} holds results of {len(values)} {what} ({names}), which belong into no common table: "
+                             "report each from a folder of its own")

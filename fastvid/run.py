@@ -176,7 +176,6 @@ class Run:
         self.resume_path.unlink(missing_ok=True)
         return result
 
-
     def _origin(self, name: str) -> object:
         """Where this run was made, as its result tells: what it is, or "A, then B" where it changed on the way."""
         values = list(dict.fromkeys(origin[name] for origin in self.origins))

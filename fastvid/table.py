@@ -78,10 +78,10 @@ class Section:
         return sorted((run for run in self.runs if (run.method, run.per_class) == (method, column.per_class)), key=lambda run: run.seed)
 
     def difference(self, method: str, other: str, column: RunResult) -> Difference | None:
-        """None where no seed has both."""
+        """None where no seed has both, and for the teacher, which does not see their batches."""
         others = {run.seed: run.accuracy for run in self.cell(other, column)}
         found = [run.accuracy - others[run.seed] for run in self.cell(method, column) if run.seed in others]
-        if method == other or not found:
+        if method in (other, "teacher") or not found:
             return None
         freedom = len(found) - 1
         half_width = _t_95(freedom) * stdev(found) / math.sqrt(len(found)) if freedom else None
@@ -202,7 +202,7 @@ def _paired_rows(section: Section) -> list[list[str]]:
     rows = [["Method", *(f"{column_title(column)}, minus {short_name(other)}" for other, column in pairs)]]
     for method in section.methods:
         cells = [section.difference(method, other, column) for other, column in pairs]
-        if method not in ("teacher", "student") and any(cells):
+        if method != "student" and any(cells):
             rows.append([section.name(method), *(str(cell or EMPTY) for cell in cells)])
     return rows
 
@@ -348,6 +348,6 @@ def as_csv(sections: list[Section]) -> str:
 
 def _paired_values(section: Section, method: str, column: RunResult) -> Iterator[str | None]:
     for other in COMPARED_WITH:
-        difference = section.difference(method, other, column) if method != "teacher" else None
+        difference = section.difference(method, other, column)
         yield None if difference is None else f"{difference.mean:.4f}"
         yield None if difference is None or difference.half_width is None else f"{difference.half_width:.4f}"

@@ -8,6 +8,7 @@ import variants as variants_module
 from fastvid import checkpoint, results
 from fastvid.config import TrainConfig, VIDOptions
 from fastvid.methods import vid
+from fastvid.train import train
 
 SHARED = {"device": "cpu", "dataset": "digits", "per_class": 6, "validation_per_class": 1, "batch_size": 25, "epochs": 2, "evaluations": 2,
           "teacher_depth": 10, "student_depth": 10}
@@ -20,8 +21,9 @@ def variants(monkeypatch):
 
 
 def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(variants, teacher, tmp_path, monkeypatch):
-    weight = lambda value: TrainConfig(method=("vid",), vid=VIDOptions(weight=value))  # noqa: E731
-    monkeypatch.setitem(variants.EXPERIMENTS, "search", {"low": weight(0.1), "lost": weight(1e39), "high": weight(1.0)})
+    weights = {"low": 0.1, "lost": 1e39, "high": 1.0}
+    configs = {name: TrainConfig(method=("vid",), vid=VIDOptions(weight=weight)) for name, weight in weights.items()}
+    monkeypatch.setitem(variants.EXPERIMENTS, "search", configs)
     for seed in (0, 1):
         variants.train("search", tmp_path / "out", teacher=teacher, seed=seed, **SHARED)
     found = {name: results.read(tmp_path / "out" / name)[0] for name in ("low", "high")}
@@ -39,8 +41,6 @@ def test_a_variant_has_the_bits_of_the_same_run_by_the_command(variants, teacher
     whole = variants.EXPERIMENTS["ablations"]
     monkeypatch.setitem(variants.EXPERIMENTS, "ablations", {name: whole[name] for name in ("student", "vid-paper")})
     variants.train("ablations", tmp_path / "a", teacher=teacher, **SHARED)
-    from fastvid.train import train
-
     (alone,) = train(TrainConfig(**SHARED, method=("vid",), teacher=teacher, out=str(tmp_path / "b")))
     (beside,), _ = results.read(tmp_path / "a" / "vid-paper")
     assert beside.weights_sha256 == alone.weights_sha256 and beside.history == alone.history
