@@ -98,12 +98,12 @@ class RunResult:
 
 def open_folder(path: Path) -> Path:
     """Make `path` an output folder, or check that it is one. Raises InputError when it cannot be written or holds other things."""
-    marker = path / FILE
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not marker.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}  # looked at once: another may be starting too
+        if names and FILE not in names:
             raise InputError(f"{path} holds files but no {FILE}, so it is no output folder of fastvid: give --out a new or an empty folder")
-        with open(marker, "ab"):
+        with open(path / FILE, "ab"):
             pass
         with tempfile.TemporaryFile(dir=path):
             pass

