@@ -37,8 +37,8 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "no-batch-norm": {"batch_norm": False},
     "narrow": {"hidden_multiple": 1},
     "decayed-variance": {"decayed_scale": True},
-    **{f"fixed-variance-{value}": {"initial_variance": value} for value in (5, 1, 0.1)},
-    **{f"initial-variance-{value}": {"initial_variance": value} for value in (1, 0.3)},
+    **{f"fixed-variance-{value}": {"initial_variance": value} for value in (1, 0.3, 0.1)},
+    **{f"initial-variance-{value}": {"initial_variance": value} for value in (5, 1)},
 }
 
 
@@ -54,11 +54,10 @@ EXPERIMENTS = {
     "search": {**choices("kd", *({"alpha": value} for value in (0.5, 0.9, 0.97, 1)), *({"temperature": value} for value in (2, 6, 8))),
                **choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)), {"tap": "group3", "weight": 1}),
                **choices("at", *({"weight": value} for value in (100, 300, 1000, 2000, 3000, 10000, 100000))),
-               **choices("vid", *({"weight": value} for value in (1, 3, 10, 30)), {"variant": "initial-variance-1", "weight": 3},
-                         *({"variant": f"initial-variance-{value}", "weight": 10} for value in (1, 0.3)))},
-    "ablations": {"student": TrainConfig(), **choices("vid", *({"variant": name} for name in ("paper", "repdistiller")),
-                                                      *({"variant": name, "weight": 10} for name in CHANGED),
-                                                      *({"weight": value} for value in (1, 3)))},
+               **choices("vid", *({"variant": "initial-variance-5", "weight": value} for value in (1, 3, 10, 30)),
+                         *({"variant": "initial-variance-1", "weight": value} for value in (3, 10)), {"variant": "paper", "weight": 10})},
+    "ablations": choices("vid", *({"variant": name} for name in ("paper", "repdistiller")), *({"weight": value} for value in (1, 3)),
+                         *({"variant": name, "weight": 10} for name in CHANGED)),
 }
 
 

@@ -42,8 +42,9 @@ class Variant:
 
 
 VARIANTS = {
-    # Not known to us from the paper, and so our choice: the exact place of the taps, eps, the first variances, no decay on them.
-    "paper": Variant(TAPS, activated=True, hidden_multiple=2, batch_norm=True, eps=1e-5, initial_variance=5.0, decayed_scale=False),
+    # Not known to us from the paper, and so our choice: the exact place of the taps, eps, the first variances, no decay on them. Of
+    # variances that start at 5, 1 or 0.3 the last gave most on held-out training images: the others fall too late (bench/results).
+    "paper": Variant(TAPS, activated=True, hidden_multiple=2, batch_norm=True, eps=1e-5, initial_variance=0.3, decayed_scale=False),
     # RepDistiller's, from the authors' code.
     "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiple=1, batch_norm=False, eps=1e-5, initial_variance=5.0,
                             decayed_scale=True),
