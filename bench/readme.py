@@ -1,7 +1,8 @@
-"""Write what was measured into README.md: `python bench/readme.py`. Nothing of it is typed.
+"""Write what was measured into README.md and bench/results/README.md: `python bench/readme.py`. Nothing of it is typed.
 
-Each part lies between `<!-- NAME -->` and `<!-- end -->`: `speed` from the rows of test_step.py; any other from the folder
-bench/results/NAME, as `fastvid report` renders it; `<!-- NAME table -->` is its table alone.
+Each part lies between `<!-- NAME -->` and `<!-- end -->`: `speed` from the rows of test_step.py; `search` and `ablations` from the
+folders of bench/variants.py; any other from the folder bench/results/NAME, as `fastvid report` renders it; `<!-- NAME table -->` is its
+table alone.
 """
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ import json
 import re
 from pathlib import Path
 
+import variants
+
 from fastvid import results, table
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", MEASURED / "README.md")
 
 
 def accuracies(name: str, alone: bool) -> str:
@@ -42,14 +46,18 @@ def speed() -> str:
 
 
 def rendered(text: str) -> str:
-    """README.md with its measured parts made anew."""
+    """A page with its measured parts made anew."""
     def part(match: re.Match) -> str:
         name, alone = match[1], bool(match[2])
-        return f"<!-- {name}{match[2] or ''} -->\n{speed() if name == 'speed' else accuracies(name, alone)}\n<!-- end -->"
+        if name == "speed":
+            measured = speed()
+        else:
+            measured = variants.show([MEASURED / name]) if name in variants.EXPERIMENTS else accuracies(name, alone)
+        return f"<!-- {name}{match[2] or ''} -->\n{measured}\n<!-- end -->"
 
     return re.sub(r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))

@@ -107,15 +107,17 @@ def diverged(folder: Path, seed: int) -> Path:
 
 
 def show(folders: list[Path]) -> str:
-    """A table: name, accuracy after the last epoch, mean ± standard deviation and number of runs."""
+    """A table in the order of EXPERIMENTS: name, accuracy after the last epoch, mean ± standard deviation and number of runs."""
     accuracies = defaultdict(list)
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.is_dir():
             accuracies[path.name] += [run.accuracy for run in results.read(path)[0]]
         elif ".diverged-seed" in path.name:
             accuracies[path.name.partition(".diverged-seed")[0]].append(None)
+    order = [name for configs in EXPERIMENTS.values() for name in configs]
     rows = ["| variant | accuracy % |", "|---|---:|"]
-    for name, values in accuracies.items():
+    for name in sorted(accuracies, key=lambda name: order.index(name) if name in order else len(order)):
+        values = accuracies[name]
         reached = [value for value in values if value is not None]
         spread = f" ± {statistics.stdev(reached):.2f}" if len(reached) > 1 else ""
         told = [f"{statistics.mean(reached):.2f}{spread} ({len(reached)})"] if reached else []

@@ -31,7 +31,7 @@ def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(var
     assert found["low"][0].weights_sha256 != found["high"][0].weights_sha256
     assert "vid diverged in step 1" in (tmp_path / "out" / "lost.diverged-seed1").read_text()
     rows = variants.show([tmp_path / "out"]).splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["high", "lost", "low"]
+    assert [row.split("|")[1].strip() for row in rows] == ["low", "lost", "high"]
     assert rows[1] == "| lost | diverged (2) |" and rows[0].endswith(" (2) |")
     monkeypatch.setattr(variants, "train_side_by_side", lambda *_: pytest.fail("all of it is finished"))
     variants.train("search", tmp_path / "out", teacher=teacher, seed=0, **SHARED)
