@@ -35,10 +35,13 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "no-stem": {"taps": TAPS[1:]},
     "residual-sums": {"activated": False},
     "no-batch-norm": {"batch_norm": False},
-    "narrow": {"hidden_multiple": 1},
+    "narrow": {"hidden_multiples": (1, 1)},
+    "one-hidden-layer": {"hidden_multiples": (2,)},
+    "linear": {"hidden_multiples": ()},
     "decayed-variance": {"decayed_scale": True},
     **{f"fixed-variance-{value}": {"initial_variance": value} for value in (1, 0.3, 0.1)},
     **{f"initial-variance-{value}": {"initial_variance": value} for value in (5, 1)},
+    **{f"least-variance-{value}": {"eps": value} for value in (0.01, 0.1)},
 }
 
 

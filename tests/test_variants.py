@@ -47,7 +47,8 @@ def test_a_variant_has_the_bits_of_the_same_run_by_the_command(variants, teacher
 
 
 def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path, monkeypatch):
-    chosen = tuple(f"vid-{name}-weight-10" for name in ("only-stem", "no-batch-norm", "narrow", "fixed-variance-1"))
+    names = ("only-stem", "no-batch-norm", "narrow", "one-hidden-layer", "linear", "fixed-variance-1")
+    chosen = tuple(f"vid-{name}-weight-10" for name in names)
     whole = variants.EXPERIMENTS["ablations"]
     monkeypatch.setitem(variants.EXPERIMENTS, "ablations", {name: whole[name] for name in chosen})
     variants.train("ablations", tmp_path / "out", teacher=teacher, **SHARED)
@@ -59,6 +60,8 @@ def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path, mon
     assert {key.split(".")[1] for key in shapes["vid-only-stem-weight-10"]} == {"0"}
     assert not any("running_mean" in key for key in shapes["vid-no-batch-norm-weight-10"])
     assert shapes["vid-narrow-weight-10"]["regressors.1.hidden.0.weight"].shape[0] == 32
+    assert "regressors.1.hidden.3.weight" not in shapes["vid-one-hidden-layer-weight-10"]
+    assert {key for key in shapes["vid-linear-weight-10"] if ".1." in key} == {"regressors.1.last.weight", "regressors.1.last.bias"}
     fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1-weight-10"]["raw_scales.0"]) + vid.VARIANTS["paper"].eps
     torch.testing.assert_close(fixed, torch.ones(16))
 

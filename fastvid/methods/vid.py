@@ -5,6 +5,7 @@ channels which the student cannot predict weigh less.
 """
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class Variant:
     """which maps are matched"""
     activated: bool
     """the maps after batch norm and ReLU, or the residual sums before"""
-    hidden_multiple: int
-    """hidden channels of the regressor, in multiples of the teacher's channels"""
+    hidden_multiples: tuple[int, ...]
+    """channels of the regressor's hidden layers, in multiples of the teacher's channels"""
     batch_norm: bool
     """batch norm after the hidden convolutions, and a bias in the last"""
     eps: float
@@ -44,9 +45,10 @@ class Variant:
 VARIANTS = {
     # Not known to us from the paper, and so our choice: the exact place of the taps, eps, the first variances, no decay on them. Of
     # variances that start at 5, 1 or 0.3 the last gave most on held-out training images: the others fall too late (bench/results).
-    "paper": Variant(TAPS, activated=True, hidden_multiple=2, batch_norm=True, eps=1e-5, initial_variance=0.3, decayed_scale=False),
+    "paper": Variant(TAPS, activated=True, hidden_multiples=(2, 2), batch_norm=True, eps=1e-5, initial_variance=0.3,
+                     decayed_scale=False),
     # RepDistiller's, from the authors' code.
-    "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiple=1, batch_norm=False, eps=1e-5, initial_variance=5.0,
+    "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiples=(1, 1), batch_norm=False, eps=1e-5, initial_variance=5.0,
                             decayed_scale=True),
 }
 
@@ -71,7 +73,8 @@ class VIDLoss(nn.Module):
         chosen = VARIANTS[variant]
         self.eps, self.factor, self.impl = chosen.eps, factor, impl
         self.regressors = nn.ModuleList(
-            _Regressor(s, t, t * chosen.hidden_multiple, chosen.batch_norm) for s, t in zip(student_channels, teacher_channels))
+            _Regressor((s, *(t * multiple for multiple in chosen.hidden_multiples)), t, chosen.batch_norm)
+            for s, t in zip(student_channels, teacher_channels))
         raw = math.log(math.expm1(chosen.initial_variance - chosen.eps))  # the inverse of softplus
         self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), raw)) for t in teacher_channels)
 
@@ -85,7 +88,7 @@ class VIDLoss(nn.Module):
 
     def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         regressor = self.regressors[index]
-        checks.tap("VIDLoss", self.impl, **{f"student_maps[{index}]": (student_map, regressor.hidden[0].in_channels),
+        checks.tap("VIDLoss", self.impl, **{f"student_maps[{index}]": (student_map, regressor.in_channels),
                                             f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels)})
         hidden = in_layout_of(student_map, regressor.hidden(student_map))
         return projected_vid_nll(hidden, regressor.last.weight, regressor.last.bias, teacher_map, self.raw_scales[index],
@@ -97,18 +100,19 @@ class VIDLoss(nn.Module):
 
 
 class _Regressor(nn.Module):
-    """Three 1x1 convolutions. The last is applied inside projected_vid_nll, which never needs to store the mean."""
+    """1x1 convolutions from one width to the next. The last is applied inside projected_vid_nll, which never needs to store the mean."""
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int, batch_norm: bool):
+    def __init__(self, widths: Sequence[int], out_channels: int, batch_norm: bool):
         super().__init__()
+        self.in_channels = widths[0]
         layers = []
-        for width in (in_channels, hidden):
-            layers.append(nn.Conv2d(width, hidden, 1, bias=False))
+        for before, after in itertools.pairwise(widths):
+            layers.append(nn.Conv2d(before, after, 1, bias=False))
             if batch_norm:
-                layers.append(nn.BatchNorm2d(hidden))
+                layers.append(nn.BatchNorm2d(after))
             layers.append(nn.ReLU(inplace=True))
         self.hidden = nn.Sequential(*layers)
-        self.last = nn.Conv2d(hidden, out_channels, 1, bias=batch_norm)
+        self.last = nn.Conv2d(widths[-1], out_channels, 1, bias=batch_norm)
 
 
 class VariationalInformation(Transfer):
