@@ -40,9 +40,10 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "linear": {"hidden_multiples": ()},
     "decayed-variance": {"decayed_scale": True},
     **{f"fixed-variance-{value}": {"initial_variance": value} for value in (1, 0.3, 0.1)},
-    **{f"initial-variance-{value}": {"initial_variance": value} for value in (5, 1)},
-    **{f"least-variance-{value}": {"eps": value} for value in (0.01, 0.1)},
+    "initial-variance-5": {"initial_variance": 5},
+    "no-floor": {"floor": 0.0},
 }
+SEARCHED = {f"no-floor-from-{value}": {"floor": 0.0, "initial_variance": value} for value in (5, 1, 0.3)}
 
 
 def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
@@ -53,25 +54,29 @@ def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
 
 
 EXPERIMENTS = {
-    # Seven choices for each method: a coarse grid, then what looked promising after it.
-    "search": {**choices("kd", *({"alpha": value} for value in (0.5, 0.9, 0.97, 1)), *({"temperature": value} for value in (2, 6, 8))),
-               **choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)), {"tap": "group3", "weight": 1}),
-               **choices("at", *({"weight": value} for value in (100, 300, 1000, 2000, 3000, 10000, 100000))),
-               **choices("vid", *({"variant": "initial-variance-5", "weight": value} for value in (1, 3, 10, 30)),
-                         *({"variant": "initial-variance-1", "weight": value} for value in (3, 10)), {"variant": "paper", "weight": 10})},
+    # Ten choices for each method: a coarse grid, then twice what looked promising after it.
+    "search": {**choices("kd", *({"alpha": value} for value in (0.5, 0.7, 0.9, 0.97, 1)),
+                         *({"temperature": value} for value in (2, 3, 6, 8)), {"alpha": 1, "temperature": 6}),
+               **choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)), {"tap": "group1", "weight": 1},
+                         *({"tap": "group3", "weight": value} for value in (1, 3)), {"schedule": "two-stage", "weight": 1}),
+               **choices("at", *({"weight": value} for value in (100, 300, 500, 700, 1000, 1500, 2000, 3000, 10000, 100000))),
+               **choices("vid", *({"variant": "no-floor-from-5", "weight": value} for value in (1, 3, 10, 30)),
+                         *({"variant": "no-floor-from-1", "weight": value} for value in (3, 10)),
+                         *({"variant": "no-floor-from-0.3", "weight": value} for value in (3, 10)),
+                         *({"variant": "paper", "weight": value} for value in (10, 30)))},
     "ablations": choices("vid", *({"variant": name} for name in ("paper", "repdistiller")), *({"weight": value} for value in (1, 3)),
                          *({"variant": name, "weight": 10} for name in CHANGED)),
 }
 
 
-def train(experiment: str, out: Path, **shared) -> None:
-    """All variants of an experiment in one group. shared: settings of all of them, such as seed."""
-    vid.VARIANTS.update({name: dataclasses.replace(PAPER, **changes) for name, changes in CHANGED.items()})
+def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> None:
+    """All variants of an experiment, or only those whose names begin so, in one group. shared: settings of all of them, such as seed."""
+    vid.VARIANTS.update({name: dataclasses.replace(PAPER, **changes) for name, changes in (CHANGED | SEARCHED).items()})
     held_out = {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
     shared = {"epochs": 200, "evaluations": 4, **held_out, **shared}
     base = TrainConfig(**shared).resolved()
     configs = {name: dataclasses.replace(config, **shared, out=str(out / name)).resolved()
-               for name, config in EXPERIMENTS[experiment].items()}
+               for name, config in EXPERIMENTS[experiment].items() if name.startswith(only or "")}
     device = choose_device(base.device)
     tune(device)
     data = load_data(base)
@@ -137,6 +142,7 @@ def main() -> None:
         for option in ("--data", "--teacher", "--out"):
             command.add_argument(option, required=True)
         command.add_argument("--seeds", type=int, default=1)
+        command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so")
     commands.add_parser("show").add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args()
     if given.command == "show":
@@ -144,7 +150,7 @@ def main() -> None:
         return
     try:
         for seed in range(given.seeds):
-            train(given.command, Path(given.out), data=given.data, teacher=given.teacher, seed=seed)
+            train(given.command, Path(given.out), tuple(given.only), data=given.data, teacher=given.teacher, seed=seed)
     except (InputError, Interrupted) as stopped:
         sys.exit(str(stopped))
 

@@ -10,7 +10,7 @@ import fastvid
 from fastvid.config import OPTION_GROUPS, ATOptions, FitNetOptions, KDOptions, TrainConfig, VIDOptions
 from fastvid.learner import Learner
 from fastvid.methods import METHODS, Terms, build
-from fastvid.methods.vid import VARIANTS
+from fastvid.methods.vid import VARIANTS, least_variance
 from fastvid.wresnet import TAPS, WideResNet
 
 torch.manual_seed(0)
@@ -82,7 +82,8 @@ def likelihood(term, student, teacher):
     for i, tap in enumerate(variant.taps):
         s, t = ((a.activated if variant.activated else a.stages)[TAPS.index(tap)].double() for a in (student, teacher))
         mean = loss.regressors[i].last(loss.regressors[i].hidden(s))
-        variance = (torch.log1p(loss.raw_scales[i].exp()) + variant.eps)[:, None, None].expand_as(t)
+        least = max(variant.eps, variant.floor / t.shape[1])
+        variance = (torch.log1p(loss.raw_scales[i].exp()) + least)[:, None, None].expand_as(t)
         total += F.gaussian_nll_loss(mean, t, variance, full=False, eps=1e-12)
     return total.item()
 
@@ -212,15 +213,30 @@ def test_a_variant_of_vid_has_its_regressor(variant, hidden, norm, bias):
     assert layer(regressor.last) == ("conv", hidden, 7, (1, 1), bias)
 
 
-@pytest.mark.parametrize("variant, first", [("paper", 0.3), ("repdistiller", 5.0)])
-def test_variances_start_where_the_variant_says_and_never_fall_below_eps(variant, first):
+@pytest.mark.parametrize("variant, first, least", [
+    pytest.param("paper", 0.3, (1 / 7, 1 / 8), id="paper"), pytest.param("repdistiller", 5.0, (1e-5, 1e-5), id="repdistiller")])
+def test_variances_start_where_the_variant_says_and_never_fall_below_the_least(variant, first, least):
     loss = fastvid.VIDLoss([5, 6], [7, 8], variant=variant)
     assert [v.shape for v in loss.variances()] == [(7,), (8,)]
     # the raw value, of at most 5, is rounded to fp32, half an ulp of 4.8e-7, and so are softplus and the sum
     assert all(((v - first).abs() <= 3 * 2.4e-7).all() for v in loss.variances())
     for raw_scale in loss.raw_scales:
         nn.init.constant_(raw_scale, -200.0)
-    assert all((v == np.float32(1e-5)).all() for v in loss.variances())
+    assert [v.tolist() for v in loss.variances()] == [[np.float32(x)] * n for x, n in zip(least, (7, 8))]
+
+
+@pytest.mark.parametrize("share, settles", [(1.0, True), (0.7, False)])
+def test_the_floor_of_variances_is_where_the_default_recipe_still_settles_the_regressor_s_last_bias(share, settles):
+    """Its curvature is weight / (variance · channels), as least_variance says; the floor leaves a third to spare."""
+    config, channels = TrainConfig(), 16
+    bias = nn.Parameter(torch.ones(channels))
+    optimizer = torch.optim.SGD([bias], config.learning_rate, config.momentum, nesterov=True)
+    variance = share * least_variance(VARIANTS["paper"], channels)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (VIDOptions().resolved().weight * (bias**2 / (2 * variance)).mean()).backward()
+        optimizer.step()
+    assert (bias.abs() < 1e-3).all() if settles else (bias.abs() > 1e3).all()
 
 
 @pytest.mark.parametrize("variant, changes", [("paper", False), ("repdistiller", True)])

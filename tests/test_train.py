@@ -425,7 +425,7 @@ def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
 @pytest.mark.survival("numbers")
 def test_variances_at_their_floor_are_reported_once(tiny, monkeypatch, capsys):
     paper = vid.VARIANTS["paper"]
-    monkeypatch.setitem(vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, initial_variance=1.001e-3))
+    monkeypatch.setitem(vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, floor=0.0, initial_variance=1.001e-3))
     train(tiny("a", "vid", evaluations=2, vid=VIDOptions(weight=1e-9)))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "floor" in line]
     assert line == ("vid: variances have come to their floor after epoch 1: 16 of 16 at stem, 32 of 32 at group1, 64 of 64 at group2, "

@@ -53,11 +53,12 @@ class Transfer(nn.Module):
         """Parameters that weight decay must leave alone."""
         return []
 
-    least_variance = 0.0
-    """Floor of `variances`."""
-
     def variances(self) -> dict[str, Tensor]:
         """Learned variances per tap, [C] each; empty for methods without."""
+        return {}
+
+    def least_variances(self) -> dict[str, float]:
+        """Their floor per tap."""
         return {}
 
 
@@ -102,6 +103,6 @@ class Method(nn.Module):
 
     def variances_at_their_floor(self) -> dict[str, int]:
         """How many channels of each tap have a variance below twice the least one, where there are any."""
-        counts = {tap: int((values < 2 * term.least_variance).sum())
+        counts = {tap: int((values < 2 * term.least_variances()[tap]).sum())
                   for term in self.transfers.values() for tap, values in term.variances().items()}
         return {tap: count for tap, count in counts.items() if count}
