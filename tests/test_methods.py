@@ -225,6 +225,10 @@ def test_variances_start_where_the_variant_says_and_never_fall_below_the_least(v
     assert [v.tolist() for v in loss.variances()] == [[np.float32(x)] * n for x, n in zip(least, (7, 8))]
 
 
+def test_a_map_of_few_channels_starts_at_twice_its_least_variance():
+    assert [v.item() for v in fastvid.VIDLoss([1], [1]).variances()] == pytest.approx([2.0])
+
+
 @pytest.mark.parametrize("share, settles", [(1.0, True), (0.7, False)])
 def test_the_floor_of_variances_is_where_the_default_recipe_still_settles_the_regressor_s_last_bias(share, settles):
     """Its curvature is weight / (variance · channels), as least_variance says; the floor leaves a third to spare."""

@@ -39,7 +39,7 @@ class Variant:
     floor: float
     """least variance of a map of C channels is floor / C, if that is more than eps: see least_variance"""
     initial_variance: float
-    """of every channel"""
+    """of every channel, but at least twice the least"""
     decayed_scale: bool
     """weight decay on the variance parameters too"""
 
@@ -61,7 +61,7 @@ def least_variance(variant: Variant, channels: int) -> float:
     SGD bounds a variance v from below whether or not a variant does. The loss λ·(t - μ)²/2v, a mean over C channels, has the curvature
     λ/(v·C) in the last bias of the regressor, and with Nesterov momentum m and learning rate η a step is stable only for curvatures below
     2(1 + m)/(1 + 2m)/η. For λ = 10, η = 0.1, m = 0.9 that is v > 0.74/C. Without a floor above it, variances fall to that edge, the bias
-    swings, and ReLUs of the stem's regressor die of it.
+    swings, and some channels of the stem end with variances of tens.
     """
     return max(variant.eps, variant.floor / channels)
 
@@ -89,8 +89,9 @@ class VIDLoss(nn.Module):
         self.regressors = nn.ModuleList(
             _Regressor((s, *(t * multiple for multiple in chosen.hidden_multiples)), t, chosen.batch_norm)
             for s, t in zip(student_channels, teacher_channels))
-        raw = [math.log(math.expm1(chosen.initial_variance - least)) for least in self.least_variances]  # the inverse of softplus
-        self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), first)) for t, first in zip(teacher_channels, raw))
+        above = [max(chosen.initial_variance - least, least) for least in self.least_variances]  # of 1 to 6 channels the latter, if floored
+        self.raw_scales = nn.ParameterList(
+            nn.Parameter(torch.full((t,), math.log(math.expm1(first)))) for t, first in zip(teacher_channels, above))  # softplus inverted
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         return reduce(add, self.per_tap(student_maps, teacher_maps))
