@@ -39,7 +39,7 @@ class Variant:
     floor: float
     """least variance of a map of C channels is floor / C, if that is more than eps: see least_variance"""
     initial_variance: float
-    """of every channel, but at least twice the least"""
+    """of every channel, or twice the least where the least is more"""
     decayed_scale: bool
     """weight decay on the variance parameters too"""
 
@@ -89,9 +89,9 @@ class VIDLoss(nn.Module):
         self.regressors = nn.ModuleList(
             _Regressor((s, *(t * multiple for multiple in chosen.hidden_multiples)), t, chosen.batch_norm)
             for s, t in zip(student_channels, teacher_channels))
-        above = [max(chosen.initial_variance - least, least) for least in self.least_variances]  # of 1 to 6 channels the latter, if floored
-        self.raw_scales = nn.ParameterList(
-            nn.Parameter(torch.full((t,), math.log(math.expm1(first)))) for t, first in zip(teacher_channels, above))  # softplus inverted
+        initial = [chosen.initial_variance if chosen.initial_variance > least else 2 * least for least in self.least_variances]
+        raw = [math.log(math.expm1(first - least)) for first, least in zip(initial, self.least_variances)]  # the inverse of softplus
+        self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), value)) for t, value in zip(teacher_channels, raw))
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         return reduce(add, self.per_tap(student_maps, teacher_maps))
