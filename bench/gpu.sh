@@ -6,7 +6,7 @@
 #
 # DATA holds cifar-10-batches-py; everything is written into OUT. TEACHER=FILE: weights of a WRN-40-2, for profile. PYTHON=... and
 # COMMIT=... where python3 is another one and git is not there. `table` trains the teacher and all methods on all fractions with one
-# seed; it stops after nine and a half minutes and goes on in the next call with the same OUT.
+# seed and the options of bench/results/cifar10-2pct-200; it stops after nine and a half minutes and goes on in the next call with the same OUT.
 set -euo pipefail
 stage=$1 data=$(realpath "$2")
 mkdir -p "$3"
@@ -30,7 +30,8 @@ case $stage in
                    "$python" -m fastvid train --method vid --data "$data" --teacher "${TEACHER:?weights of a WRN-40-2}" --per-class 100 \
                        --epochs 2 --engine $engine --profile --out "$out/profile-$engine"
                done ;;
-    table)     timeout --foreground --signal=TERM 570 "$python" -m fastvid reproduce --data "$data" --methods student,kd,fitnet,at,vid --seeds 1 \
+    table)     timeout --foreground --signal=TERM 570 "$python" -m fastvid reproduce --data "$data" --seeds 1 \
+                   --methods student,kd,fitnet,at,vid,kd+at,kd+vid --kd-alpha 1 --kd-temperature 6 --fitnet-tap group3 --fitnet-weight 3 \
                    --out "$out/table" 2>&1 | tee -a "$out/table.txt" ;;
     *)         echo "unknown stage $stage" >&2; exit 2 ;;
 esac

@@ -43,6 +43,7 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "initial-variance-5": {"initial_variance": 5},
     "no-floor": {"floor": 0.0},
 }
+# what the search tried before it had a floor
 SEARCHED = {f"no-floor-from-{value}": {"floor": 0.0, "initial_variance": value} for value in (5, 1, 0.3)}
 
 
@@ -71,6 +72,8 @@ EXPERIMENTS = {
 
 def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> None:
     """All variants of an experiment, or only those whose names begin so, in one group. shared: settings of all of them, such as seed."""
+    if unknown := [start for start in only if not any(name.startswith(start) for name in EXPERIMENTS[experiment])]:
+        raise InputError(f"{experiment} has no variant {unknown[0]}...: choose from {', '.join(EXPERIMENTS[experiment])}")
     vid.VARIANTS.update({name: dataclasses.replace(PAPER, **changes) for name, changes in (CHANGED | SEARCHED).items()})
     held_out = {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
     shared = {"epochs": 200, "evaluations": 4, **held_out, **shared}

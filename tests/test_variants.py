@@ -7,6 +7,7 @@ import variants as variants_module
 
 from fastvid import checkpoint, results
 from fastvid.config import TrainConfig, VIDOptions
+from fastvid.errors import InputError
 from fastvid.methods import vid
 from fastvid.train import train
 
@@ -61,6 +62,11 @@ def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path):
     assert {key for key in shapes["vid-linear-weight-10"] if ".1." in key} == {"regressors.1.last.weight", "regressors.1.last.bias"}
     fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1-weight-10"]["raw_scales.0"]) + 1 / 16
     torch.testing.assert_close(fixed, torch.ones(16))
+
+
+def test_a_variant_that_is_none_is_named_with_the_choice(variants, tmp_path):
+    with pytest.raises(InputError, match="search has no variant vid-papre...: choose from kd-alpha-0.5, "):
+        variants.train("search", tmp_path / "out", ("kd", "vid-papre"), **SHARED)
 
 
 def test_every_ablation_changes_one_thing_of_the_paper_s_variant(variants):
