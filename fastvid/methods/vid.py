@@ -58,10 +58,10 @@ VARIANTS = {
 def least_variance(variant: Variant, channels: int) -> float:
     """Of a tap whose teacher map has so many channels.
 
-    The loss λ·(t - μ)²/2v, a mean over C channels, has the curvature λ/(v·C) in the last bias of the regressor, and with Nesterov momentum m
-    and learning rate η a step is stable only for curvatures below 2(1 + m)/(1 + 2m)/η. For λ = 10, η = 0.1, m = 0.9 that is v > 0.74/C.
-    Without a floor above it, the stem's regressor ended worse than a constant on CIFAR-10: variances of up to tens, for a map whose own are
-    below 0.15.
+    The loss λ·(t - μ)²/2v, a mean over C channels, has the curvature λ/(v·C) in the last bias of the regressor, and with Nesterov momentum
+    m and learning rate η a step is stable only for curvatures below 2(1 + m)/(1 + 2m)/η. For λ = 10, η = 0.1, m = 0.9 that is v > 0.74/C.
+    Without a floor above it, the stem's regressor ended worse than a constant on CIFAR-10: variances of up to tens, for a map whose own
+    are below 0.15.
     """
     return max(variant.eps, variant.floor / channels)
 
