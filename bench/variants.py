@@ -40,6 +40,7 @@ CHANGED = {  # what an ablation changes of the variant "paper"
     "linear": {"hidden_multiples": ()},
     "decayed-variance": {"decayed_scale": True},
     **{f"fixed-variance-{value}": {"initial_variance": value} for value in (1, 0.3, 0.1)},
+    "fixed-variance-twice-least": {"initial_variance": 0},
     "initial-variance-5": {"initial_variance": 5},
     "no-floor": {"floor": 0.0},
 }
