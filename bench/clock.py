@@ -1,4 +1,5 @@
 """Two clocks: the GPU's events, and the host's."""
+
 from __future__ import annotations
 
 import time
@@ -24,7 +25,9 @@ def quantiles(values: list[float]) -> list[float]:
 
 def gpu_microseconds(call: Callable, quick: bool) -> list[float]:
     """p50, p20, p80 by events, each time with the L2 overwritten before."""
-    times = triton.testing.do_bench(call, warmup=10, rep=10 if quick else 40, quantiles=(0.5, 0.2, 0.8))  # milliseconds
+    times = triton.testing.do_bench(
+        call, warmup=10, rep=10 if quick else 40, quantiles=(0.5, 0.2, 0.8)
+    )  # milliseconds
     return [1e3 * value for value in times]
 
 

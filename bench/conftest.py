@@ -1,7 +1,8 @@
 """Options of the benchmarks, and what becomes of their rows: JSON lines with --rows FILE, a table at the end without.
 
-    python bench/conftest.py FILE.jsonl     the table of rows that were written
+python bench/conftest.py FILE.jsonl     the table of rows that were written
 """
+
 from __future__ import annotations
 
 import json
@@ -19,16 +20,29 @@ ROWS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastvid benchmarks")
-    group.addoption("--rows", type=Path, metavar="FILE", help="append every row to this file, one JSON object a line; no table")
-    group.addoption("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the feature maps and logits")
-    group.addoption("--quick", action="store_true", help="small batch, one tap, few rounds: shows that everything runs, measures little")
+    group.addoption(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="append every row to this file, one JSON object a line; no table",
+    )
+    group.addoption(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the feature maps and logits"
+    )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="small batch, one tap, few rounds: shows that everything runs, measures little",
+    )
     group.addoption("--data", metavar="DIR", help="folder that holds cifar-10-batches-py, for the loader")
     group.addoption("--commit", help="of this code, where the folder is no checkout that could tell")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    config.option.benchmark_quiet = True  # pytest-benchmark's own table knows neither bytes nor the GPU's clock
+    config.option.benchmark_quiet = (
+        True  # pytest-benchmark's own table knows neither bytes nor the GPU's clock
+    )
     config.stash[ROWS] = []
 
 
@@ -38,7 +52,11 @@ def record(pytestconfig):
     options = pytestconfig.option
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     origin = {name: facts[name] for name in ("device", "threads", "torch", "commit")}
-    origin |= {"triton": triton and triton.__version__, "commit": options.commit or facts["commit"], "quick": options.quick}
+    origin |= {
+        "triton": triton and triton.__version__,
+        "commit": options.commit or facts["commit"],
+        "quick": options.quick,
+    }
 
     def add(row: dict) -> None:
         pytestconfig.stash[ROWS].append(row | origin)
@@ -63,6 +81,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def table(rows: list[dict]) -> list[str]:
     """What a person wants to see of the rows. speed-up: of an implementation over the reference launched the same way."""
+
     def same(row):
         return tuple(row[name] for name in ("op", "tap", "pass", "launch"))
 
@@ -70,14 +89,18 @@ def table(rows: list[dict]) -> list[str]:
         return (row["gpu_us"] or row["wall_us"])[0]
 
     first = rows[0]
-    lines = [f"{first['device']}, {first['threads']} threads, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}",
-             f"{'op':19}{'tap':8}{'pass':17}{'launch':11}{'impl':18}{'us p50':>10}  {'p20':>9} {'p80':>9} {'wall us':>9}"
-             f"{'GB/s':>7}{'of copy':>9}{'speed-up':>10}"]
+    lines = [
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, triton {first['triton']}, commit {first['commit']}",
+        f"{'op':19}{'tap':8}{'pass':17}{'launch':11}{'impl':18}{'us p50':>10}  {'p20':>9} {'p80':>9} {'wall us':>9}"
+        f"{'GB/s':>7}{'of copy':>9}{'speed-up':>10}",
+    ]
     references = {same(row): middle(row) for row in rows if row["impl"] == "reference"}
     for row in rows:
         time, low, high = row["gpu_us"] or row["wall_us"]
-        line = (f"{row['op']:19}{row['tap']:8}{row['pass']:17}{row['launch']:11}{row['impl']:18}{time:10.1f} [{low:9.1f},{high:9.1f}]"
-                f"{row['wall_us'][0]:9.1f}")
+        line = (
+            f"{row['op']:19}{row['tap']:8}{row['pass']:17}{row['launch']:11}{row['impl']:18}{time:10.1f} [{low:9.1f},{high:9.1f}]"
+            f"{row['wall_us'][0]:9.1f}"
+        )
         if "of_copy" in row:
             line += f"{row['gb_per_s']:7.0f}{row['of_copy']:9.1%}"
         if same(row) in references:

@@ -1,4 +1,5 @@
 """How the cost of a step scales, from the rows of test_step.py: `python bench/plot_step.py ROWS.jsonl PICTURE.png`."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +13,11 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of its can
 
 PANELS = {  # scale: (axis label, unit of the cost, what the cost of a step is divided by)
     "batch": ("batch size", "ms per image, one VID student", lambda row: int(row["impl"])),
-    "students": ("students in the group (VID, AT, FitNet, KD, plain)", "ms per step of 128 images", lambda row: 1),
+    "students": (
+        "students in the group (VID, AT, FitNet, KD, plain)",
+        "ms per step of 128 images",
+        lambda row: 1,
+    ),
     "width": ("width of the VID student, WRN-16", "ms per step of 128 images", lambda row: 1),
 }
 
@@ -30,7 +35,9 @@ def main(rows: list[dict], picture: Path) -> None:
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     first = rows[0]
-    figure.suptitle(f"Cost of a step: {first['device']}, {first['threads']} threads, bf16 (median, 20-80 % of rounds)")
+    figure.suptitle(
+        f"Cost of a step: {first['device']}, {first['threads']} threads, bf16 (median, 20-80 % of rounds)"
+    )
     figure.savefig(picture)
 
 

@@ -4,6 +4,7 @@ Each part lies between `<!-- NAME -->` and `<!-- end -->`: `speed` from the rows
 folders of bench/variants.py; any other from the folder bench/results/NAME, as `fastvid report` renders it; `<!-- NAME table -->` is its
 table alone.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,8 +27,11 @@ def accuracies(name: str, alone: bool) -> str:
     tables = {sentence: rows for sentence, rows in zip(blocks, blocks[1:]) if rows.startswith("|")}
     if alone:
         return next(iter(tables.values()))
-    parts = [f"{sentence}:\n\n{rows}" for sentence, rows in tables.items()
-             if sentence.startswith("Last epoch") or (sentence.startswith("Difference") and "±" in rows)]
+    parts = [
+        f"{sentence}:\n\n{rows}"
+        for sentence, rows in tables.items()
+        if sentence.startswith("Last epoch") or (sentence.startswith("Difference") and "±" in rows)
+    ]
     return "\n\n".join([*parts, blocks[-1]])
 
 
@@ -37,25 +41,44 @@ def speed() -> str:
     subjects = ("vid", "five methods")
     gain = {(row["tap"], row["impl"]): row["speed_up"] for row in rows}
     rungs = [row["impl"] for row in rows if row["tap"] == subjects[0]]
-    best = {name: " and ".join(f"{gain[name, rung]:.1f}" for rung in ("tuned", "compile")) for name in subjects}
+    best = {
+        name: " and ".join(f"{gain[name, rung]:.1f}" for rung in ("tuned", "compile")) for name in subjects
+    }
     (device,), (threads,) = {row["device"] for row in rows}, {row["threads"] for row in rows}
-    lines = [f"On {threads} cores of an {device}, in one run, beside that plain step: one VID student {best['vid']} times the images/s, "
-             f"eager and compiled; a group of five methods {best['five methods']} times.", "",
-             "| measure | VID | five methods |", "|---|---:|---:|"]
-    return "\n".join([*lines, *(f"| {rung} | {' | '.join(f'{gain[name, rung]:.2f}x' for name in subjects)} |" for rung in rungs)])
+    lines = [
+        f"On {threads} cores of an {device}, in one run, beside that plain step: one VID student {best['vid']} times the images/s, "
+        f"eager and compiled; a group of five methods {best['five methods']} times.",
+        "",
+        "| measure | VID | five methods |",
+        "|---|---:|---:|",
+    ]
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"| {rung} | {' | '.join(f'{gain[name, rung]:.2f}x' for name in subjects)} |"
+                for rung in rungs
+            ),
+        ]
+    )
 
 
 def rendered(text: str) -> str:
     """A page with its measured parts made anew."""
+
     def part(match: re.Match) -> str:
         name, alone = match[1], bool(match[2])
         if name == "speed":
             measured = speed()
         else:
-            measured = variants.show([MEASURED / name]) if name in variants.EXPERIMENTS else accuracies(name, alone)
+            measured = (
+                variants.show([MEASURED / name]) if name in variants.EXPERIMENTS else accuracies(name, alone)
+            )
         return f"<!-- {name}{match[2] or ''} -->\n{measured}\n<!-- end -->"
 
-    return re.sub(r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE)
+    return re.sub(
+        r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Prints "ready", then for each line N on its input the seconds of N steps, after one that is not counted. Its own process, because
 allocator, threads and compiled code belong to a process, and memory that one step left would help the next.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -61,10 +62,24 @@ def plain_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
     import torchvision
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
-    transform = Compose([RandomCrop(32, 4, padding_mode="reflect"), RandomHorizontalFlip(), ToTensor(), Normalize(arrays.mean, arrays.std)])
+    transform = Compose(
+        [
+            RandomCrop(32, 4, padding_mode="reflect"),
+            RandomHorizontalFlip(),
+            ToTensor(),
+            Normalize(arrays.mean, arrays.std),
+        ]
+    )
     images = torchvision.datasets.CIFAR10(spec.data, train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(images, spec.batch, shuffle=True, num_workers=2, persistent_workers=True, drop_last=True,
-                                         pin_memory=DEVICE.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        images,
+        spec.batch,
+        shuffle=True,
+        num_workers=2,
+        persistent_workers=True,
+        drop_last=True,
+        pin_memory=DEVICE.type == "cuda",
+    )
     for _ in itertools.count():
         for images, labels in loader:
             yield Batch(images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True))
@@ -78,10 +93,17 @@ def static_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
 def our_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
     plan = BatchPlan(len(arrays), spec.batch, seed=0)
     loader = train_loader(arrays, plan, backend=spec.loader, device=DEVICE)
-    return (batch for epoch in itertools.count() for batch in loader.epoch(epoch) if len(batch.labels) == spec.batch)
+    return (
+        batch
+        for epoch in itertools.count()
+        for batch in loader.epoch(epoch)
+        if len(batch.labels) == spec.batch
+    )
 
 
-def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]) -> Callable:
+def plain_step(
+    spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]
+) -> Callable:
     """Forward, backward, torch's default SGD and loss.item(), method by method."""
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     taught_in = DTYPES[spec.precision] if spec.frozen_teacher else torch.float32
@@ -90,7 +112,12 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
     for name, (network, method) in students.items():
         network.to(memory_format=layout).train()
         optimizers[name] = torch.optim.SGD(
-            [*network.parameters(), *method.parameters()], lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+            [*network.parameters(), *method.parameters()],
+            lr=0.01,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=5e-4,
+        )
         for transfer in method.transfers.values():
             if not spec.fused_losses:
                 transfer.loss.impl = "reference"
@@ -106,7 +133,9 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
             if shared is None or not spec.shared_teacher:
                 images, labels = shared = next(batches)
                 images = images.contiguous(memory_format=layout)
-                taught = teach(images) if spec.shared_teacher or spec.idle_teacher or method.transfers else None
+                taught = (
+                    teach(images) if spec.shared_teacher or spec.idle_teacher or method.transfers else None
+                )
             with autocast(DEVICE, spec.precision):
                 terms = method(network(images), taught, labels)
             loss = terms.task + terms.transfer
@@ -118,11 +147,20 @@ def plain_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideRe
     return step
 
 
-def our_step(spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]) -> Callable:
+def our_step(
+    spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]
+) -> Callable:
     config = TrainConfig(precision=spec.precision)
-    learners = [Learner(name, network, method, config, DEVICE) for name, (network, method) in students.items()]
-    group = GroupStep(teacher if any(method.transfers for _, method in students.values()) else None, learners, DEVICE, spec.precision,
-                      Mode(*spec.engine))
+    learners = [
+        Learner(name, network, method, config, DEVICE) for name, (network, method) in students.items()
+    ]
+    group = GroupStep(
+        teacher if any(method.transfers for _, method in students.values()) else None,
+        learners,
+        DEVICE,
+        spec.precision,
+        Mode(*spec.engine),
+    )
     group.begin_epoch(0.0)
     return lambda: group(*next(batches), 0.01)
 
@@ -136,8 +174,13 @@ def main(spec: Step) -> None:
     students = {}
     for name in spec.methods:
         student = WideResNet(*spec.student)
-        students[name] = student.to(DEVICE), build(name, TrainConfig(method=(name,)), student, teacher).to(DEVICE)
-    batches = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)(spec, arrays)
+        students[name] = (
+            student.to(DEVICE),
+            build(name, TrainConfig(method=(name,)), student, teacher).to(DEVICE),
+        )
+    batches = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)(
+        spec, arrays
+    )
     step = (plain_step if spec.engine is None else our_step)(spec, teacher, students, batches)
     step()  # compiles and captures
     synchronize()
@@ -154,4 +197,9 @@ def main(spec: Step) -> None:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    main(dataclasses.replace(Step(), **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
+    main(
+        dataclasses.replace(
+            Step(),
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
+        )
+    )

@@ -5,6 +5,7 @@
 DIR holds cifar-10-batches-py. The three take turns, round by round, so that a busy minute of the machine slows them all. torchvision
 has two workers that persist, and the usual transforms: RandomCrop (reflect), RandomHorizontalFlip, ToTensor, Normalize.
 """
+
 from __future__ import annotations
 
 import subprocess
@@ -43,8 +44,18 @@ def arrays(data):
 
 
 def row(op: str, impl: str, wall_us: list[float], **more) -> dict:
-    return {"op": op, "tap": "cifar10", "shape": f"{BATCH}x3x32x32", "dtype": "fp32", "impl": impl, "pass": "batch", "launch": "host",
-            "on": DEVICE.type, "gpu_us": None, "wall_us": wall_us} | more
+    return {
+        "op": op,
+        "tap": "cifar10",
+        "shape": f"{BATCH}x3x32x32",
+        "dtype": "fp32",
+        "impl": impl,
+        "pass": "batch",
+        "launch": "host",
+        "on": DEVICE.type,
+        "gpu_us": None,
+        "wall_us": wall_us,
+    } | more
 
 
 def ours(arrays: datasets.Arrays, backend: str, batches: int) -> Callable[[], None]:
@@ -59,9 +70,18 @@ def torchvisions(data: str, arrays: datasets.Arrays, batches: int) -> Callable[[
     import torchvision
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
-    transform = Compose([RandomCrop(32, 4, padding_mode="reflect"), RandomHorizontalFlip(), ToTensor(), Normalize(arrays.mean, arrays.std)])
+    transform = Compose(
+        [
+            RandomCrop(32, 4, padding_mode="reflect"),
+            RandomHorizontalFlip(),
+            ToTensor(),
+            Normalize(arrays.mean, arrays.std),
+        ]
+    )
     images = torchvision.datasets.CIFAR10(data, train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(images, BATCH, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=ON_GPU)
+    loader = torch.utils.data.DataLoader(
+        images, BATCH, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=ON_GPU
+    )
 
     def batch_after_batch():
         while True:
@@ -74,13 +94,19 @@ def torchvisions(data: str, arrays: datasets.Arrays, batches: int) -> Callable[[
 
 def test_images_per_second(data, arrays, pytestconfig, record):
     quick = pytestconfig.option.quick
-    fast, slow, rounds = (40, 4, 2) if quick else (800, 100, 9)  # batches in a round of ours, and of torchvision's
-    loaders = {name: (ours(arrays, name, fast), fast) for name in BACKENDS} | {"torchvision": (torchvisions(data, arrays, slow), slow)}
+    fast, slow, rounds = (
+        (40, 4, 2) if quick else (800, 100, 9)
+    )  # batches in a round of ours, and of torchvision's
+    loaders = {name: (ours(arrays, name, fast), fast) for name in BACKENDS} | {
+        "torchvision": (torchvisions(data, arrays, slow), slow)
+    }
     times = {name: [] for name in loaders}
     for number in range(rounds + 1):
         for name, (take, batches) in loaders.items():
             synchronize()
-            time.sleep(0.3)  # what the last one prefetches shall not disturb this one; torchvision starts with 4 of 100 batches made
+            time.sleep(
+                0.3
+            )  # what the last one prefetches shall not disturb this one; torchvision starts with 4 of 100 batches made
             started = time.perf_counter()
             take()
             synchronize()
@@ -88,8 +114,15 @@ def test_images_per_second(data, arrays, pytestconfig, record):
                 times[name].append(1e6 * (time.perf_counter() - started) / batches)
     middle = {name: quantiles(values) for name, values in times.items()}
     for name, wall_us in middle.items():
-        record(row("loader", name, wall_us, images_per_s=round(1e6 * BATCH / wall_us[0]),
-                   of_torchvision=middle["torchvision"][0] / wall_us[0]))
+        record(
+            row(
+                "loader",
+                name,
+                wall_us,
+                images_per_s=round(1e6 * BATCH / wall_us[0]),
+                of_torchvision=middle["torchvision"][0] / wall_us[0],
+            )
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -131,7 +164,12 @@ def test_start_up(data, arrays, backend, pytestconfig, record):
     rounds = []
     for _ in range(1 if pytestconfig.option.quick else 5):
         command = [sys.executable, "-c", START, str(data), backend, DEVICE.type]
-        rounds.append([float(text) for text in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()])
+        rounds.append(
+            [
+                float(text)
+                for text in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            ]
+        )
     load, total, imports = ([1e6 * value for value in values] for values in zip(*rounds))
     record(row("start", backend, quantiles(total), load_us=quantiles(load), import_us=quantiles(imports)))
 

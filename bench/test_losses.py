@@ -10,6 +10,7 @@ host it holds the gaps in which the GPU waits for Python. In a graph it holds th
 cleared the L2 have yet to reach memory when it starts. Both hardly count in a graph of eight calls, each on inputs of its own,
 which nothing has touched since. The rows of `copy`, as many bytes launched the same way, say what each way leaves of the bandwidth.
 """
+
 from __future__ import annotations
 
 import gc
@@ -48,8 +49,11 @@ IMPLEMENTATIONS = ("reference", "compile", "blocked", "triton")
 CONVOLUTION = "conv+triton"  # of projected_vid_nll: what it would be without a kernel of its own
 HOST, GRAPH, EIGHT = "host", "graph", "graph-of-8"
 WAYS = (  # forward alone is without gradients, as in evaluation; both are what training does
-    ("forward", HOST), ("forward", GRAPH),
-    ("forward+backward", HOST), ("forward+backward", GRAPH), ("forward+backward", EIGHT),
+    ("forward", HOST),
+    ("forward", GRAPH),
+    ("forward+backward", HOST),
+    ("forward+backward", GRAPH),
+    ("forward+backward", EIGHT),
 )
 # Root mean square of the error over that of the reference. A rounding to bf16 is 1e-3, to fp16 1.4e-4, a convolution in TF32 3e-4;
 # the longest chain here has three. Tests hold the kernels to less; this asks whether it is the same function.
@@ -59,8 +63,14 @@ TOLERANCES = {"bf16": 1e-2, "fp16": 1e-3, "fp32": 1e-3}
 def pytest_generate_tests(metafunc):
     quick = metafunc.config.option.quick
     if metafunc.function is test_loss:
-        cases = [(op, tap, impl, *way) for op, taps in OPS.items() for tap in taps if not quick or tap in QUICK
-                 for impl in implementations(op) for way in WAYS]
+        cases = [
+            (op, tap, impl, *way)
+            for op, taps in OPS.items()
+            for tap in taps
+            if not quick or tap in QUICK
+            for impl in implementations(op)
+            for way in WAYS
+        ]
         metafunc.parametrize("op, tap, impl, passes, launch", cases, ids=map("-".join, cases))
     elif metafunc.function is test_copy:
         metafunc.parametrize("launch", (HOST, GRAPH, EIGHT))
@@ -69,8 +79,11 @@ def pytest_generate_tests(metafunc):
 
 # What is measured
 
+
 def implementations(op: str) -> list[str]:
-    impls = [impl for impl in IMPLEMENTATIONS if (op, impl) != ("softened_kl", "blocked")]  # logits are no map to cut into blocks
+    impls = [
+        impl for impl in IMPLEMENTATIONS if (op, impl) != ("softened_kl", "blocked")
+    ]  # logits are no map to cut into blocks
     return [*impls, CONVOLUTION] if op == "projected_vid_nll" else impls
 
 
@@ -83,13 +96,20 @@ def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
         return [dict.fromkeys(("student_logits", "teacher_logits"), (batch, int(tap)))]
     size, wide = (SIDE[tap], SIDE[tap]), TEACHER[tap]
     teacher = (batch, wide, *size)
-    return [{
-        "vid_nll": {"mean": teacher, "target": teacher, "raw_scale": (wide,)},
-        "projected_vid_nll": {"hidden": (batch, 2 * wide, *size), "weight": (wide, 2 * wide, 1, 1), "bias": (wide,),
-                              "target": teacher, "raw_scale": (wide,)},  # the hidden width of VIDLoss
-        "attention_transfer": {"student": (batch, STUDENT[tap], *size), "teacher": teacher},
-        "mean_squared_error": {"prediction": teacher, "target": teacher},
-    }[op]]
+    return [
+        {
+            "vid_nll": {"mean": teacher, "target": teacher, "raw_scale": (wide,)},
+            "projected_vid_nll": {
+                "hidden": (batch, 2 * wide, *size),
+                "weight": (wide, 2 * wide, 1, 1),
+                "bias": (wide,),
+                "target": teacher,
+                "raw_scale": (wide,),
+            },  # the hidden width of VIDLoss
+            "attention_transfer": {"student": (batch, STUDENT[tap], *size), "teacher": teacher},
+            "mean_squared_error": {"prediction": teacher, "target": teacher},
+        }[op]
+    ]
 
 
 def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dtype) -> int:
@@ -104,7 +124,9 @@ def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dty
     In fp16 backward reads again, because only then is the scale of the gradient known (launch.py). Not counted: parameters and
     their gradients, 2.5 % of the maps at most (projection, group3), and partial sums, which stay in the L2.
     """
-    maps = [[int(np.prod(shape)) for name, shape in one.items() if name not in PARAMETERS] for one in arguments]
+    maps = [
+        [int(np.prod(shape)) for name, shape in one.items() if name not in PARAMETERS] for one in arguments
+    ]
     read, written = sum(map(sum, maps)), sum(sizes[0] for sizes in maps)
     elements = read if passes == "forward" else read * (1 + (dtype == torch.float16)) + written
     return elements * dtype.itemsize
@@ -122,7 +144,10 @@ def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> li
         values = values.to(memory_format=torch.channels_last) if len(shape) == 4 else values
         return values.requires_grad_(first or name in PARAMETERS)
 
-    return [{name: tensor(name, shape, index == 0) for index, (name, shape) in enumerate(one.items())} for one in arguments]
+    return [
+        {name: tensor(name, shape, index == 0) for index, (name, shape) in enumerate(one.items())}
+        for one in arguments
+    ]
 
 
 def total(loss: Callable) -> Callable:
@@ -136,11 +161,15 @@ def implementation(op: str, tap: str, impl: str) -> Callable:
         return total(convolution_then_vid_nll)
     if impl == "compile":
         torch._dynamo.reset()  # its limit of recompilations is for all shapes of one function together
-        return torch.compile(total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False)
+        return torch.compile(
+            total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False
+        )
     return total(partial(getattr(kernels, op), impl="auto" if impl == "blocked" else impl))
 
 
-def convolution_then_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, raw_scale: Tensor) -> Tensor:
+def convolution_then_vid_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, raw_scale: Tensor
+) -> Tensor:
     mean = F.conv2d(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
     return kernels.vid_nll(mean, target, raw_scale, impl="triton")
 
@@ -154,13 +183,21 @@ def run(loss: Callable, inputs: list[dict[str, Tensor]], upstream: Tensor | None
         with torch.no_grad():
             return [loss(inputs)]
     value = loss(inputs)
-    return [value.detach(), *torch.autograd.grad(value, [t for one in inputs for t in one.values() if t.requires_grad], upstream)]
+    return [
+        value.detach(),
+        *torch.autograd.grad(value, [t for one in inputs for t in one.values() if t.requires_grad], upstream),
+    ]
 
 
 def expected(op: str, inputs: list[dict[str, Tensor]], upstream: Tensor | None) -> list[Tensor]:
     """What `run` shall return, in float64."""
-    doubles = [{name: t.detach().double().requires_grad_(t.requires_grad) for name, t in one.items()} for one in inputs]
-    return run(total(getattr(kernels.reference, op)), doubles, None if upstream is None else upstream.double())
+    doubles = [
+        {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in one.items()}
+        for one in inputs
+    ]
+    return run(
+        total(getattr(kernels.reference, op)), doubles, None if upstream is None else upstream.double()
+    )
 
 
 def copy(source: Tensor, target: Tensor) -> list[Tensor]:
@@ -168,6 +205,7 @@ def copy(source: Tensor, target: Tensor) -> list[Tensor]:
 
 
 # How it is measured
+
 
 @lru_cache(maxsize=1)
 def side_stream() -> torch.cuda.Stream:
@@ -209,7 +247,9 @@ def assert_close(outputs: list[list[Tensor]], wanted: list[list[Tensor]], tolera
     for number, (given, right) in enumerate(zip(outputs, wanted, strict=True)):
         for index, (one, other) in enumerate(zip(given, right, strict=True)):
             error = ((one.double() - other).norm() / other.norm()).item()
-            assert error <= tolerance, f"output {index} of call {number} is off by {error:.2g} of its norm"  # NaN fails too
+            assert error <= tolerance, (
+                f"output {index} of call {number} is off by {error:.2g} of its norm"
+            )  # NaN fails too
 
 
 @pytest.fixture(scope="session")
@@ -229,11 +269,23 @@ def measure(pytestconfig, benchmark, record, copy_gb_per_s):
 
     def run_and_record(call: Callable, calls: int, moved: int, row: dict) -> None:
         gpu_us = [value / calls for value in gpu_microseconds(call, quick)] if ON_GPU else None
-        benchmark.pedantic(lambda: (call(), synchronize()), rounds=3 if quick else 50 if ON_GPU else 7, warmup_rounds=1)
+        benchmark.pedantic(
+            lambda: (call(), synchronize()), rounds=3 if quick else 50 if ON_GPU else 7, warmup_rounds=1
+        )
         wall_us = quantiles([1e6 * value / calls for value in benchmark.stats.stats.data])
         speed = moved / (gpu_us or wall_us)[0] / 1e3
-        record(row | {"l2": "cold" if ON_GPU else "not cleared", "gpu_us": gpu_us, "wall_us": wall_us, "bytes": moved,
-                      "gb_per_s": speed, "of_copy": speed / copy_gb_per_s, "copy_gb_per_s": copy_gb_per_s})
+        record(
+            row
+            | {
+                "l2": "cold" if ON_GPU else "not cleared",
+                "gpu_us": gpu_us,
+                "wall_us": wall_us,
+                "bytes": moved,
+                "gb_per_s": speed,
+                "of_copy": speed / copy_gb_per_s,
+                "copy_gb_per_s": copy_gb_per_s,
+            }
+        )
 
     return run_and_record
 
@@ -264,9 +316,24 @@ def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
     loss = implementation(op, tap, impl)
     call, outputs = launched([partial(run, loss, inputs, upstream) for inputs in sets], launch)
     assert_close(outputs, [expected(op, inputs, upstream) for inputs in sets], TOLERANCES[precision])
-    maps = [",".join("x".join(map(str, shape)) for name, shape in one.items() if name not in PARAMETERS) for one in arguments]
-    measure(call, len(sets), least_bytes(arguments, passes, dtype), {
-        "op": op, "tap": tap, "shape": " + ".join(maps), "dtype": precision, "impl": impl, "pass": passes, "launch": launch})
+    maps = [
+        ",".join("x".join(map(str, shape)) for name, shape in one.items() if name not in PARAMETERS)
+        for one in arguments
+    ]
+    measure(
+        call,
+        len(sets),
+        least_bytes(arguments, passes, dtype),
+        {
+            "op": op,
+            "tap": tap,
+            "shape": " + ".join(maps),
+            "dtype": precision,
+            "impl": impl,
+            "pass": passes,
+            "launch": launch,
+        },
+    )
 
 
 def test_copy(tap, launch, pytestconfig, measure, batch):
@@ -275,11 +342,25 @@ def test_copy(tap, launch, pytestconfig, measure, batch):
         needs_gpu("a CUDA graph")
     precision = pytestconfig.option.dtype
     moved = least_bytes(shapes("vid_nll", tap, batch), "forward+backward", DTYPES[precision])
-    sources = [torch.rand(moved // 8, device=DEVICE) for _ in range(8 if launch == EIGHT else 1)]  # fp32, half is read, half written
+    sources = [
+        torch.rand(moved // 8, device=DEVICE) for _ in range(8 if launch == EIGHT else 1)
+    ]  # fp32, half is read, half written
     call, outputs = launched([partial(copy, source, torch.empty_like(source)) for source in sources], launch)
     assert_close(outputs, [[source.double()] for source in sources], 0.0)
-    measure(call, len(sources), moved, {
-        "op": "copy", "tap": tap, "shape": str(moved // 8), "dtype": "fp32", "impl": "torch", "pass": "copy", "launch": launch})
+    measure(
+        call,
+        len(sources),
+        moved,
+        {
+            "op": "copy",
+            "tap": tap,
+            "shape": str(moved // 8),
+            "dtype": "fp32",
+            "impl": "torch",
+            "pass": "copy",
+            "launch": launch,
+        },
+    )
 
 
 def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batch):
@@ -297,6 +378,22 @@ def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batc
     wall_us = quantiles([1e6 * value for value in benchmark.stats.stats.data])
 
     inputs = draw(shapes("vid_nll", "all", batch), DTYPES[precision], 0)
-    losses_us = wall_microseconds(partial(run, total(kernels.vid_nll), inputs, torch.ones((), device=DEVICE)), rounds)
-    record({"op": "vid_step", "tap": "all", "shape": f"{batch}x3x32x32", "dtype": precision, "impl": "auto", "pass": "step", "launch": HOST,
-            "l2": "not cleared", "gpu_us": None, "wall_us": wall_us, "losses_us": losses_us, "losses_share": losses_us[0] / wall_us[0]})
+    losses_us = wall_microseconds(
+        partial(run, total(kernels.vid_nll), inputs, torch.ones((), device=DEVICE)), rounds
+    )
+    record(
+        {
+            "op": "vid_step",
+            "tap": "all",
+            "shape": f"{batch}x3x32x32",
+            "dtype": precision,
+            "impl": "auto",
+            "pass": "step",
+            "launch": HOST,
+            "l2": "not cleared",
+            "gpu_us": None,
+            "wall_us": wall_us,
+            "losses_us": losses_us,
+            "losses_share": losses_us[0] / wall_us[0],
+        }
+    )

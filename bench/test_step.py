@@ -8,6 +8,7 @@ workers (on a GPU one batch that lies there), a batch and a teacher forward for 
 it away), the formulas in plain PyTorch, loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that
 a busy minute slows them all.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,13 +29,29 @@ FIVE = ("student", "kd", "fitnet", "at", "vid")
 EAGER, COMPILED, CAPTURED, WHOLE = (False, False), (True, False), (False, True), (True, True)
 LOADER = "dali" if dali_is_installed() else "torch"
 PLAIN = {"loader": "static"} if ON_GPU else {}  # on a GPU with its data there
-OURS = {"idle_teacher": False, "loader": LOADER, "channels_last": True, "precision": "bf16", "shared_teacher": True, "frozen_teacher": True,
-        "fused_losses": True, "engine": EAGER, "tuned": True}
+OURS = {
+    "idle_teacher": False,
+    "loader": LOADER,
+    "channels_last": True,
+    "precision": "bf16",
+    "shared_teacher": True,
+    "frozen_teacher": True,
+    "fused_losses": True,
+    "engine": EAGER,
+    "tuned": True,
+}
 LADDER = {  # from the plain step to ours: every rung keeps what came before
-    "plain": PLAIN, "no idle teacher": {"idle_teacher": False}, "our loader": {"loader": LOADER},
-    "channels-last": {"channels_last": True}, "bf16": {"precision": "bf16"},
-    "shared teacher": {"shared_teacher": True}, "folded teacher": {"frozen_teacher": True}, "fused losses": {"fused_losses": True},
-    "our step": {"engine": EAGER}, "tuned": {"tuned": True}, "compile": {"engine": COMPILED},
+    "plain": PLAIN,
+    "no idle teacher": {"idle_teacher": False},
+    "our loader": {"loader": LOADER},
+    "channels-last": {"channels_last": True},
+    "bf16": {"precision": "bf16"},
+    "shared teacher": {"shared_teacher": True},
+    "folded teacher": {"frozen_teacher": True},
+    "fused losses": {"fused_losses": True},
+    "our step": {"engine": EAGER},
+    "tuned": {"tuned": True},
+    "compile": {"engine": COMPILED},
 } | ({"graph": {"engine": CAPTURED}, "compile and graph": {"engine": WHOLE}} if ON_GPU else {})
 
 
@@ -44,8 +61,12 @@ class Side:
     def __init__(self, spec: Step):
         self.spec = spec
         settings = {name: value for name, value in dataclasses.asdict(spec).items() if value is not None}
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(settings)],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def __enter__(self) -> Side:
         assert self._process.stdout.readline() == "ready\n", f"{self.spec} did not start"
@@ -76,7 +97,9 @@ def compare(pytestconfig, record):
         with ExitStack() as stack:
             sides = {}
             for name, spec in specs.items():  # one after another: a start would disturb the next one's
-                sides[name] = stack.enter_context(Side(dataclasses.replace(spec, data=str(pytestconfig.option.data))))
+                sides[name] = stack.enter_context(
+                    Side(dataclasses.replace(spec, data=str(pytestconfig.option.data)))
+                )
             for number in range(rounds + 1):
                 for name, side in sides.items():
                     time.sleep(0.3)  # what the last one prefetches shall not disturb this one
@@ -87,10 +110,25 @@ def compare(pytestconfig, record):
         first = next(iter(middle.values()))
         for name, spec in specs.items():
             images = spec.batch * len(spec.methods)
-            record({"op": "step", "tap": subject, "shape": f"{spec.batch}x3x32x32", "dtype": spec.precision, "impl": name, "pass": "step",
-                    "launch": "host", "on": DEVICE.type, "gpu_us": None, "wall_us": middle[name],
-                    "images_per_s": round(1e6 * images / middle[name][0]), "speed_up": round(first[0] / middle[name][0], 3),
-                    "methods": spec.methods, "student": spec.student, **more})
+            record(
+                {
+                    "op": "step",
+                    "tap": subject,
+                    "shape": f"{spec.batch}x3x32x32",
+                    "dtype": spec.precision,
+                    "impl": name,
+                    "pass": "step",
+                    "launch": "host",
+                    "on": DEVICE.type,
+                    "gpu_us": None,
+                    "wall_us": middle[name],
+                    "images_per_s": round(1e6 * images / middle[name][0]),
+                    "speed_up": round(first[0] / middle[name][0], 3),
+                    "methods": spec.methods,
+                    "student": spec.student,
+                    **more,
+                }
+            )
         return {name: values[0] for name, values in middle.items()}
 
     return measure
@@ -122,6 +160,8 @@ SCALES = {
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_cost_of_a_step_against(compare, scale, pytestconfig):
-    changes = list(SCALES[scale].items())[:2 if pytestconfig.option.quick else None]
+    changes = list(SCALES[scale].items())[: 2 if pytestconfig.option.quick else None]
     settings = OURS | {"engine": WHOLE if ON_GPU else EAGER}
-    compare(f"scale: {scale}", {str(value): Step(**(settings | change)) for value, change in changes}, scale=scale)
+    compare(
+        f"scale: {scale}", {str(value): Step(**(settings | change)) for value, change in changes}, scale=scale
+    )

@@ -8,6 +8,7 @@ The first 100 images of each class of CIFAR-10, 200 epochs. The search evaluates
 Each variant is a run of fastvid's in a folder of its own, OUT/NAME, with its results.jsonl; where a loss was not finite any more, a file
 OUT/NAME.diverged-seedN says so. The same command goes on where it was stopped.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,36 +52,75 @@ SEARCHED = {f"no-floor-from-{value}": {"floor": 0.0, "initial_variance": value} 
 def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
     """A configuration of `method` for each of these settings of its options, named after them."""
     kind = type(getattr(TrainConfig(), method))
-    return {"-".join((method, *(value if option == "variant" else f"{option}-{value}" for option, value in chosen.items()))):
-            TrainConfig(method=(method,), **{method: kind(**chosen)}) for chosen in settings}
+    return {
+        "-".join(
+            (
+                method,
+                *(value if option == "variant" else f"{option}-{value}" for option, value in chosen.items()),
+            )
+        ): TrainConfig(method=(method,), **{method: kind(**chosen)})
+        for chosen in settings
+    }
 
 
 EXPERIMENTS = {
     # Ten choices for each method: a coarse grid, then twice what looked promising after it.
-    "search": {**choices("kd", *({"alpha": value} for value in (0.5, 0.7, 0.9, 0.97, 1)),
-                         *({"temperature": value} for value in (2, 3, 6, 8)), {"alpha": 1, "temperature": 6}),
-               **choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)), {"tap": "group1", "weight": 1},
-                         *({"tap": "group3", "weight": value} for value in (1, 3)), {"schedule": "two-stage", "weight": 1}),
-               **choices("at", *({"weight": value} for value in (100, 300, 500, 700, 1000, 1500, 2000, 3000, 10000, 100000))),
-               **choices("vid", *({"variant": "no-floor-from-5", "weight": value} for value in (1, 3, 10, 30)),
-                         *({"variant": "no-floor-from-1", "weight": value} for value in (3, 10)),
-                         *({"variant": "no-floor-from-0.3", "weight": value} for value in (3, 10)),
-                         *({"variant": "paper", "weight": value} for value in (10, 30)))},
-    "ablations": choices("vid", *({"variant": name} for name in ("paper", "repdistiller")), *({"weight": value} for value in (1, 3)),
-                         *({"variant": name, "weight": 10} for name in CHANGED)),
+    "search": {
+        **choices(
+            "kd",
+            *({"alpha": value} for value in (0.5, 0.7, 0.9, 0.97, 1)),
+            *({"temperature": value} for value in (2, 3, 6, 8)),
+            {"alpha": 1, "temperature": 6},
+        ),
+        **choices(
+            "fitnet",
+            *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)),
+            {"tap": "group1", "weight": 1},
+            *({"tap": "group3", "weight": value} for value in (1, 3)),
+            {"schedule": "two-stage", "weight": 1},
+        ),
+        **choices(
+            "at",
+            *({"weight": value} for value in (100, 300, 500, 700, 1000, 1500, 2000, 3000, 10000, 100000)),
+        ),
+        **choices(
+            "vid",
+            *({"variant": "no-floor-from-5", "weight": value} for value in (1, 3, 10, 30)),
+            *({"variant": "no-floor-from-1", "weight": value} for value in (3, 10)),
+            *({"variant": "no-floor-from-0.3", "weight": value} for value in (3, 10)),
+            *({"variant": "paper", "weight": value} for value in (10, 30)),
+        ),
+    },
+    "ablations": choices(
+        "vid",
+        *({"variant": name} for name in ("paper", "repdistiller")),
+        *({"weight": value} for value in (1, 3)),
+        *({"variant": name, "weight": 10} for name in CHANGED),
+    ),
 }
 
 
 def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> None:
     """All variants of an experiment, or only those whose names begin so, in one group. shared: settings of all of them, such as seed."""
-    if unknown := [start for start in only if not any(name.startswith(start) for name in EXPERIMENTS[experiment])]:
-        raise InputError(f"{experiment} has no variant {unknown[0]}...: choose from {', '.join(EXPERIMENTS[experiment])}")
-    vid.VARIANTS.update({name: dataclasses.replace(PAPER, **changes) for name, changes in (CHANGED | SEARCHED).items()})
-    held_out = {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
+    if unknown := [
+        start for start in only if not any(name.startswith(start) for name in EXPERIMENTS[experiment])
+    ]:
+        raise InputError(
+            f"{experiment} has no variant {unknown[0]}...: choose from {', '.join(EXPERIMENTS[experiment])}"
+        )
+    vid.VARIANTS.update(
+        {name: dataclasses.replace(PAPER, **changes) for name, changes in (CHANGED | SEARCHED).items()}
+    )
+    held_out = (
+        {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
+    )
     shared = {"epochs": 200, "evaluations": 4, **held_out, **shared}
     base = TrainConfig(**shared).resolved()
-    configs = {name: dataclasses.replace(config, **shared, out=str(out / name)).resolved()
-               for name, config in EXPERIMENTS[experiment].items() if name.startswith(only or "")}
+    configs = {
+        name: dataclasses.replace(config, **shared, out=str(out / name)).resolved()
+        for name, config in EXPERIMENTS[experiment].items()
+        if name.startswith(only or "")
+    }
     device = choose_device(base.device)
     tune(device)
     data = load_data(base)
@@ -91,7 +131,9 @@ def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> N
     def waits(name: str) -> bool:
         """Neither finished nor diverged."""
         folder = results.open_folder(out / name)
-        return not diverged(folder, base.seed).exists() and not find_finished(configs[name], data, sha256, results.read(folder)[0])
+        return not diverged(folder, base.seed).exists() and not find_finished(
+            configs[name], data, sha256, results.read(folder)[0]
+        )
 
     while waiting := [name for name in configs if waits(name)]:
         runs = {name: Run(configs[name], data, teacher, sha256, device, engine) for name in waiting}
@@ -139,14 +181,18 @@ def show(folders: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for experiment in EXPERIMENTS:
         command = commands.add_parser(experiment)
         for option in ("--data", "--teacher", "--out"):
             command.add_argument(option, required=True)
         command.add_argument("--seeds", type=int, default=1)
-        command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so")
+        command.add_argument(
+            "--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so"
+        )
     commands.add_parser("show").add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args()
     if given.command == "show":
@@ -154,7 +200,14 @@ def main() -> None:
         return
     try:
         for seed in range(given.seeds):
-            train(given.command, Path(given.out), tuple(given.only), data=given.data, teacher=given.teacher, seed=seed)
+            train(
+                given.command,
+                Path(given.out),
+                tuple(given.only),
+                data=given.data,
+                teacher=given.teacher,
+                seed=seed,
+            )
     except (InputError, Interrupted) as stopped:
         sys.exit(str(stopped))
 

@@ -2,6 +2,7 @@
 
 The names below are imported on first use, so that `import fastvid` costs nothing.
 """
+
 from importlib import import_module
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
 """`python -m fastvid` is `fastvid`, also under torchrun."""
+
 from fastvid.cli import program
 
 if __name__ == "__main__":

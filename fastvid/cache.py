@@ -1,4 +1,5 @@
 """Arrays that took long to make, kept beside the data in one safetensors file and verified before they are used again."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """Weights (safetensors) and resume state (torch). Reading verifies first, and unpickles nothing but tensors and plain values."""
+
 from __future__ import annotations
 
 import hashlib
@@ -42,7 +43,9 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, "tensors_sha256": _checksum(tensors)}
     text = json.dumps({**metadata, "metadata_sha256": _checksum_of(metadata)}, sort_keys=True)
-    content = safetensors_bytes(tensors, {METADATA_KEY: text})  # one entry: safetensors writes several in any order
+    content = safetensors_bytes(
+        tensors, {METADATA_KEY: text}
+    )  # one entry: safetensors writes several in any order
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
@@ -65,15 +68,29 @@ def load_weights(path: str | Path) -> Weights:
             raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
         checksums = metadata.pop("metadata_sha256", None), metadata.get("tensors_sha256")
         if any(checksums) and checksums != (_checksum_of(metadata), _checksum(tensors)):
-            raise InputError(f"{path}: it does not match the checksums that it carries: it is damaged, copy it again")
+            raise InputError(
+                f"{path}: it does not match the checksums that it carries: it is damaged, copy it again"
+            )
         return Weights(tensors, metadata, sha256, verified=any(checksums), path=path)
     tensors = load_state(path, content)
     for key in ("model", "state_dict"):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise InputError(f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save")
-    return Weights({name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}, sha256, verified=False, path=path)
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
+    ):
+        raise InputError(
+            f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save"
+        )
+    return Weights(
+        {name.removeprefix("module."): tensor for name, tensor in tensors.items()},
+        {},
+        sha256,
+        verified=False,
+        path=path,
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -95,21 +112,35 @@ def build_network(weights: Weights, depth: int, width: int, num_classes: int) ->
     tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(METHOD_PREFIX)}
     found = _architecture(tensors)
     if found and found != (depth, width, num_classes):
-        raise InputError(f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for {num_classes} "
-                         "was asked for: set --teacher-depth and --teacher-width, or take a teacher of this data set")
+        raise InputError(
+            f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for {num_classes} "
+            "was asked for: set --teacher-depth and --teacher-width, or take a teacher of this data set"
+        )
     network = WideResNet(depth, width, num_classes)
     own = network.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # of no use, and left out by older checkpoints
+    counters = {
+        name for name in own if name.endswith("num_batches_tracked")
+    }  # of no use, and left out by older checkpoints
     missing, unexpected = sorted(own.keys() - tensors.keys() - counters), sorted(tensors.keys() - own.keys())
     misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or unexpected or misshapen:
-        raise InputError(f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
-                         f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller")
-    odd = {name for name, tensor in tensors.items() if not _is_plain(tensor) or name not in counters and not tensor.is_floating_point()}
+        raise InputError(
+            f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
+            f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller"
+        )
+    odd = {
+        name
+        for name, tensor in tensors.items()
+        if not _is_plain(tensor) or name not in counters and not tensor.is_floating_point()
+    }
     if odd - counters:
-        raise InputError(f"{path} holds weights that are no plain numbers (sparse, quantized, complex, integer or on no device): "
-                         f"{_some(sorted(odd))}: save them as floating-point tensors")
-    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in odd}, strict=False)
+        raise InputError(
+            f"{path} holds weights that are no plain numbers (sparse, quantized, complex, integer or on no device): "
+            f"{_some(sorted(odd))}: save them as floating-point tensors"
+        )
+    network.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name not in odd}, strict=False
+    )
     return network.eval().requires_grad_(False)
 
 
@@ -145,7 +176,9 @@ def load_state(path: str | Path, content: bytes | None = None) -> dict:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it anyway
             reason = "damaged, or with objects that only trusted files may hold"
-        raise InputError(f"{path}: not a readable torch file of tensors ({reason}): copy or make it again") from error
+        raise InputError(
+            f"{path}: not a readable torch file of tensors ({reason}): copy or make it again"
+        ) from error
 
 
 def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
@@ -159,7 +192,7 @@ def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
 
 def _metadata(content: bytes) -> dict:
     """Ours in a safetensors file: {} where there is none. Raises ValueError when it is no JSON object."""
-    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     entries = header.get("__metadata__", {})
     metadata = json.loads(entries.get(METADATA_KEY, "{}"))
     if not isinstance(metadata, dict):

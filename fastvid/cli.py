@@ -1,4 +1,5 @@
 """The command line, derived from the fields of the configuration. Imports torch only when a command needs it."""
+
 from __future__ import annotations
 
 import argparse
@@ -39,16 +40,24 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _refuse(f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions")
+        return _refuse(
+            f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions"
+        )
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return _refuse("out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks")
+        return _refuse(
+            "out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks"
+        )
     except RankLost as error:
         _tell(f"fastvid: {error}")
         return 1
     except (Interrupted, KeyboardInterrupt) as error:
-        message = str(error) if isinstance(error, Interrupted) else "interrupted: the same command starts again where it was"
+        message = (
+            str(error)
+            if isinstance(error, Interrupted)
+            else "interrupted: the same command starts again where it was"
+        )
         if message:
             _tell(f"{_who()}: {message}")
         return _signal_code(error)
@@ -62,7 +71,9 @@ def program() -> NoReturn:
     except KeyboardInterrupt as error:  # between those two lines
         signals.ignore()
         code = _signal_code(error)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # else it could abort on its way out, over a thread of gloo that is still there
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # else it could abort on its way out, over a thread of gloo that is still there
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,7 +122,11 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 def _holding(config: TrainConfig) -> contextlib.AbstractContextManager:
     """Hold the output folder from now on: before the seconds that importing torch takes. Of several ranks the first one does."""
-    return results.exclusive(results.open_folder(Path(config.out))) if _who() == "fastvid" else contextlib.nullcontext()
+    return (
+        results.exclusive(results.open_folder(Path(config.out)))
+        if _who() == "fastvid"
+        else contextlib.nullcontext()
+    )
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -129,25 +144,39 @@ def _doctor(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="fastvid",
-        description="Train small students from a teacher (VID, and KD, FitNet, AT to compare with) and reproduce the paper's table.")
+        description="Train small students from a teacher (VID, and KD, FitNet, AT to compare with) and reproduce the paper's table.",
+    )
     parser.add_argument("--version", action="version", version=f"fastvid {fastvid.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_OneLineParser)
 
-    train = commands.add_parser("train", help="train one group: any methods, one teacher, one subset, one seed")
+    train = commands.add_parser(
+        "train", help="train one group: any methods, one teacher, one subset, one seed"
+    )
     _add_options(train, TrainConfig)
     train.set_defaults(run=_train, parser=train)
 
-    reproduce = commands.add_parser("reproduce", help="train the grid methods x fractions x seeds, then report")
+    reproduce = commands.add_parser(
+        "reproduce", help="train the grid methods x fractions x seeds, then report"
+    )
     _add_options(reproduce, Grid)
     _add_options(reproduce, TrainConfig, leave_out=("method", "per_class", "seed", "profile"))
     reproduce.set_defaults(run=_reproduce, parser=reproduce)
 
-    report = commands.add_parser("report", help="render table.md, table.csv and plots from the results in a folder")
+    report = commands.add_parser(
+        "report", help="render table.md, table.csv and plots from the results in a folder"
+    )
     report.add_argument("folder", metavar="DIR", help="output folder of train or reproduce")
     report.set_defaults(run=_report, parser=report)
 
-    doctor = commands.add_parser("doctor", help="say what this machine has: versions, device, loader, kernels, data")
-    doctor.add_argument("--data", default=TrainConfig.data, metavar="DIR", help="where to look for data sets (default: %(default)s)")
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine has: versions, device, loader, kernels, data"
+    )
+    doctor.add_argument(
+        "--data",
+        default=TrainConfig.data,
+        metavar="DIR",
+        help="where to look for data sets (default: %(default)s)",
+    )
     doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
 
@@ -156,13 +185,19 @@ class _OneLineParser(argparse.ArgumentParser):
     """Errors are one line, as everywhere in fastvid; options cannot be abbreviated, so that new ones break no script."""
 
     def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False, formatter_class=partial(argparse.HelpFormatter, max_help_position=32))
+        super().__init__(
+            **settings,
+            allow_abbrev=False,
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
+        )
 
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _add_options(parser: argparse.ArgumentParser, options: type, prefix: str = "", leave_out: tuple[str, ...] = ()) -> None:
+def _add_options(
+    parser: argparse.ArgumentParser, options: type, prefix: str = "", leave_out: tuple[str, ...] = ()
+) -> None:
     """One --option per field of a dataclass, and of the dataclasses in it (`vid.weight` is --vid-weight)."""
     hints, docs = get_type_hints(options), _field_docs(options)
     group = parser.add_argument_group(prefix.rstrip("_") or None, inspect.getdoc(options) if prefix else None)
@@ -178,10 +213,18 @@ def _add_options(parser: argparse.ArgumentParser, options: type, prefix: str = "
             group.add_argument(flag, action="store_true", help=text)
             continue
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        settings: dict[str, Any] = {"type": _list_of(kind) if get_origin(kind) is tuple else kind, "metavar": _metavar(field.name, kind)}
+        settings: dict[str, Any] = {
+            "type": _list_of(kind) if get_origin(kind) is tuple else kind,
+            "metavar": _metavar(field.name, kind),
+        }
         if get_origin(kind) is Literal:
             settings = {"choices": get_args(kind)}
-        group.add_argument(flag, default=field.default, help=text if default is None else f"{text} (default: {default})", **settings)
+        group.add_argument(
+            flag,
+            default=field.default,
+            help=text if default is None else f"{text} (default: {default})",
+            **settings,
+        )
 
 
 def _from_args(options: type, args: argparse.Namespace, prefix: str = ""):
@@ -203,7 +246,9 @@ def _field_docs(options: type) -> dict[str, str]:
     return {
         field.target.id: text.value.value
         for field, text in zip(node.body, node.body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
     }
 
 
@@ -226,4 +271,6 @@ def _list_of(kind: Any):
 def _metavar(name: str, kind: Any) -> str:
     if get_origin(kind) is tuple:
         return "A,B,..."
-    return {"data": "DIR", "out": "DIR", "teacher": "FILE", "device": "NAME"}.get(name, "N" if kind is int else "X")
+    return {"data": "DIR", "out": "DIR", "teacher": "FILE", "device": "NAME"}.get(
+        name, "N" if kind is int else "X"
+    )

@@ -2,6 +2,7 @@
 
 Imports neither torch nor NumPy, so that `fastvid --help` is instant.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,7 +26,9 @@ class Protocol:
 
 PROTOCOLS = {
     # the published figure of the seed repository
-    "seed": Protocol(teacher_epochs=200, full_epochs=200, reduced_epochs=1000, batch_size=128, evaluations=50),
+    "seed": Protocol(
+        teacher_epochs=200, full_epochs=200, reduced_epochs=1000, batch_size=128, evaluations=50
+    ),
     # minutes on digits: chosen for time and, on a validation split of its training images, for a teacher worth having
     "quick": Protocol(teacher_epochs=8, full_epochs=5, reduced_epochs=40, batch_size=32, evaluations=5),
 }
@@ -82,7 +85,9 @@ class VIDOptions:
 
     def resolved(self) -> VIDOptions:
         """The same with the variant's weight filled in."""
-        return self if self.weight is not None else dataclasses.replace(self, weight=VID_WEIGHTS[self.variant])
+        return (
+            self if self.weight is not None else dataclasses.replace(self, weight=VID_WEIGHTS[self.variant])
+        )
 
 
 @dataclass(frozen=True)
@@ -154,32 +159,66 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_methods("method", self.method)
-        _require("teacher" not in self.method or len(self.method) == 1, "method", ",".join(self.method), "the teacher alone")
-        at_least = {"per_class": 1, "validation_per_class": 0, "seed": 0, "epochs": 1, "batch_size": 1, "evaluations": 1}
+        _require(
+            "teacher" not in self.method or len(self.method) == 1,
+            "method",
+            ",".join(self.method),
+            "the teacher alone",
+        )
+        at_least = {
+            "per_class": 1,
+            "validation_per_class": 0,
+            "seed": 0,
+            "epochs": 1,
+            "batch_size": 1,
+            "evaluations": 1,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             _require(value is None or value >= least, name, value, f"{least} or more")
         for network in ("teacher", "student"):
             depth, width = getattr(self, f"{network}_depth"), getattr(self, f"{network}_width")
-            _require(depth >= 10 and (depth - 4) % 6 == 0, f"{network}_depth", depth, "6n + 4, such as 10, 16, 22, 28 or 40")
+            _require(
+                depth >= 10 and (depth - 4) % 6 == 0,
+                f"{network}_depth",
+                depth,
+                "6n + 4, such as 10, 16, 22, 28 or 40",
+            )
             _require(width >= 1, f"{network}_width", width, "1 or more")
         _require(self.seed < 2**63, "seed", self.seed, "less than 2**63")
         for name, options in (("", self), *((group, getattr(self, group)) for group in OPTION_GROUPS)):
             for entry in dataclasses.fields(options):
                 value = getattr(options, entry.name)
                 finite = not isinstance(value, float) or 0 <= value < float("inf")
-                _require(finite, f"{name}_{entry.name}".strip("_"), value, "a finite number that is not negative")
-        _require(all(0 < m < 1 for m in self.milestones), "milestones", self.milestones, "shares between 0 and 1")
+                _require(
+                    finite, f"{name}_{entry.name}".strip("_"), value, "a finite number that is not negative"
+                )
+        _require(
+            all(0 < m < 1 for m in self.milestones), "milestones", self.milestones, "shares between 0 and 1"
+        )
         _require(self.kd.temperature > 0, "kd_temperature", self.kd.temperature, "more than 0")
         _require(self.kd.alpha <= 1, "kd_alpha", self.kd.alpha, "at most 1")
-        _require(0 < self.fitnet.hint_share < 1, "fitnet_hint_share", self.fitnet.hint_share, "a share between 0 and 1")
-        _require(_INTERVAL.fullmatch(self.checkpoint_every), "checkpoint_every", self.checkpoint_every,
-                 "minutes or epochs, such as 5min or 10epochs")
+        _require(
+            0 < self.fitnet.hint_share < 1,
+            "fitnet_hint_share",
+            self.fitnet.hint_share,
+            "a share between 0 and 1",
+        )
+        _require(
+            _INTERVAL.fullmatch(self.checkpoint_every),
+            "checkpoint_every",
+            self.checkpoint_every,
+            "minutes or epochs, such as 5min or 10epochs",
+        )
 
     @property
     def checkpoint_seconds(self) -> float:
         """The age at which a resume state is saved anew; infinite where epochs are counted."""
-        return float("inf") if self.checkpoint_epochs else 60 * float(_INTERVAL.fullmatch(self.checkpoint_every)["minutes"])
+        return (
+            float("inf")
+            if self.checkpoint_epochs
+            else 60 * float(_INTERVAL.fullmatch(self.checkpoint_every)["minutes"])
+        )
 
     @property
     def checkpoint_epochs(self) -> int | None:
@@ -199,12 +238,23 @@ class TrainConfig:
         if self.method == ("teacher",):
             epochs = chosen.teacher_epochs
         epochs = self.epochs or epochs
-        if self.fitnet.schedule == "two-stage" and any("fitnet" in method_parts(method) for method in self.method):
-            _require(self.fitnet.hint_share <= (epochs - 1) / epochs, "fitnet_hint_share", self.fitnet.hint_share,
-                     f"a share that leaves one of the {epochs} epochs to the labels")
+        if self.fitnet.schedule == "two-stage" and any(
+            "fitnet" in method_parts(method) for method in self.method
+        ):
+            _require(
+                self.fitnet.hint_share <= (epochs - 1) / epochs,
+                "fitnet_hint_share",
+                self.fitnet.hint_share,
+                f"a share that leaves one of the {epochs} epochs to the labels",
+            )
         return dataclasses.replace(
-            self, protocol=name, epochs=epochs, batch_size=self.batch_size or chosen.batch_size,
-            evaluations=self.evaluations or chosen.evaluations, vid=self.vid.resolved())
+            self,
+            protocol=name,
+            epochs=epochs,
+            batch_size=self.batch_size or chosen.batch_size,
+            evaluations=self.evaluations or chosen.evaluations,
+            vid=self.vid.resolved(),
+        )
 
 
 @dataclass(frozen=True)
@@ -223,16 +273,33 @@ class Grid:
         _require(self.seeds >= 1, "seeds", self.seeds, "1 or more")
         fractions = self.fractions or ()
         valid = all(map(_is_fraction, fractions)) and len(set(fractions)) == len(fractions)
-        _require(valid, "fractions", ",".join(fractions), "full or percents between 0 and 100, each once, such as full,20,10,2")
+        _require(
+            valid,
+            "fractions",
+            ",".join(fractions),
+            "full or percents between 0 and 100, each once, such as full,20,10,2",
+        )
 
     def fractions_of(self, dataset: str) -> tuple[str, ...]:
         return self.fractions or (("full", "5") if dataset == "digits" else ("full", "20", "10", "2"))
 
 
-OPTION_GROUPS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING)
+OPTION_GROUPS = tuple(
+    f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
+)
 """The transfer terms, by name: each has its options in TrainConfig and its class in fastvid.methods.METHODS."""
 
-CIRCUMSTANCES = ("data", "download", "teacher", "device", "loader", "engine", "profile", "checkpoint_every", "out")
+CIRCUMSTANCES = (
+    "data",
+    "download",
+    "teacher",
+    "device",
+    "loader",
+    "engine",
+    "profile",
+    "checkpoint_every",
+    "out",
+)
 """Settings that say where and how a run is made, not what it is: they may differ between the runs of one table."""
 
 

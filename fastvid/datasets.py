@@ -3,6 +3,7 @@
 Every data set ends as Arrays: uint8 [n, 32, 32, 3] RGB and int64 [n], in the order of its files. The official CIFAR files
 are pickles, and unpickling runs code: only bytes whose md5 is the published one are unpickled.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -45,10 +46,15 @@ class Arrays:
         constants = (*self.mean, *self.std)
         if not all(type(value) is float and 0 <= value <= 1 for value in constants) or not all(self.std):
             return False
-        return (all(isinstance(name, str) for name in self.class_names)
-                and self.images.dtype == np.uint8 and self.images.shape == (len(self), SIZE, SIZE, 3)
-                and self.labels.dtype == np.int64 and self.labels.ndim == 1 and len(self.mean) == len(self.std) == 3
-                and (not len(self) or 0 <= self.labels.min() <= self.labels.max() < len(self.class_names)))
+        return (
+            all(isinstance(name, str) for name in self.class_names)
+            and self.images.dtype == np.uint8
+            and self.images.shape == (len(self), SIZE, SIZE, 3)
+            and self.labels.dtype == np.int64
+            and self.labels.ndim == 1
+            and len(self.mean) == len(self.std) == 3
+            and (not len(self) or 0 <= self.labels.min() <= self.labels.max() < len(self.class_names))
+        )
 
     def sha256(self) -> str:
         """Of images, labels and class names, in hex: two data sets that share it are the same."""
@@ -66,7 +72,9 @@ class Arrays:
         sizes = self.class_sizes()
         if per_class > sizes.min():
             name, size = self.class_names[int(sizes.argmin())], sizes.min()
-            raise InputError(f"{per_class} images per class were asked for, but class {name!r} has {size}: take at most {size}")
+            raise InputError(
+                f"{per_class} images per class were asked for, but class {name!r} has {size}: take at most {size}"
+            )
         return self._where(self._rank_in_class() < per_class)
 
     def holdout(self, per_class: int) -> tuple[Arrays, Arrays]:
@@ -74,8 +82,10 @@ class Arrays:
         sizes = self.class_sizes()
         if per_class >= sizes.min():
             name, size = self.class_names[int(sizes.argmin())], sizes.min()
-            raise InputError(f"a validation split of {per_class} images per class leaves nothing to train on: class {name!r} has {size}, "
-                             f"hold out at most {size - 1}")
+            raise InputError(
+                f"a validation split of {per_class} images per class leaves nothing to train on: class {name!r} has {size}, "
+                f"hold out at most {size - 1}"
+            )
         last = self._rank_in_class() >= sizes[self.labels] - per_class
         return self._where(~last), self._where(last)
 
@@ -112,7 +122,9 @@ class _Cifar:
     torchvision_class: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    sha256: dict[str, str]  # Arrays.sha256 of the official splits, against a cache that another made; a split without is not cached
+    sha256: dict[
+        str, str
+    ]  # Arrays.sha256 of the official splits, against a cache that another made; a split without is not cached
 
 
 _CIFAR = {
@@ -127,8 +139,11 @@ _CIFAR = {
         },
         test={"test_batch": "40351d587109b95175f43aff81a1287e"},
         meta=("batches.meta", "5ff9c542aee3614f3951f8cda6e48888"),
-        label_key="labels", names_key="label_names", torchvision_class="CIFAR10",
-        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+        label_key="labels",
+        names_key="label_names",
+        torchvision_class="CIFAR10",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
         sha256={
             "train": "4e0e3cd7a00e11f89d50f4f801478d968583edafad0bb60866ca2f92edda6513",
             "test": "41fefef7239ccef033cb8bf648ca8987bfd3378fdb2512ecc0de86a23b039905",
@@ -139,8 +154,11 @@ _CIFAR = {
         train={"train": "16019d7e3df5f24257cddd939b257f8d"},
         test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
         meta=("meta", "7973b15100ade9c7d40fb424638fde48"),
-        label_key="fine_labels", names_key="fine_label_names", torchvision_class="CIFAR100",
-        mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+        label_key="fine_labels",
+        names_key="fine_label_names",
+        torchvision_class="CIFAR100",
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
         sha256={},
     ),
 }
@@ -170,7 +188,9 @@ def located(name: str, root: str | Path) -> bool:
     """Whether the files of `name` seem to be under `root` (their content is not read)."""
     if name in _CIFAR:
         spec = _CIFAR[name]
-        return all((Path(root) / spec.folder / file).is_file() for file in (*spec.train, *spec.test, spec.meta[0]))
+        return all(
+            (Path(root) / spec.folder / file).is_file() for file in (*spec.train, *spec.test, spec.meta[0])
+        )
     return name == "digits" or (Path(root) / "train").is_dir() and (Path(root) / "test").is_dir()
 
 
@@ -179,7 +199,9 @@ def reflect_pad(images: np.ndarray, margin: int) -> np.ndarray:
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
 
 
-def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arrays], sha256: str | None = None) -> Arrays:
+def _cached(
+    name: str, root: Path, split: str, key: str, make: Callable[[], Arrays], sha256: str | None = None
+) -> Arrays:
     """The split as it was made before, if `key` has not changed since; else made and kept. sha256: of the arrays, where it is known."""
     path = root / CACHE / f"{name}-{split}.safetensors"
     kept = _kept(path, key, sha256)
@@ -188,15 +210,23 @@ def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arra
             kept = _kept(path, key, sha256) if another_made_it else None
             if kept is None:
                 kept = make()
-                cache.write(path, key, {"images": kept.images, "labels": kept.labels},
-                            {"class_names": kept.class_names, "mean": kept.mean, "std": kept.std})
+                cache.write(
+                    path,
+                    key,
+                    {"images": kept.images, "labels": kept.labels},
+                    {"class_names": kept.class_names, "mean": kept.mean, "std": kept.std},
+                )
     return kept
 
 
 def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
     arrays, facts = cache.read(path, key) or ({}, {})
     with contextlib.suppress(KeyError, TypeError):
-        kept = Arrays(arrays["images"], arrays["labels"], *(tuple(facts[field]) for field in ("class_names", "mean", "std")))
+        kept = Arrays(
+            arrays["images"],
+            arrays["labels"],
+            *(tuple(facts[field]) for field in ("class_names", "mean", "std")),
+        )
         if kept.is_whole() and sha256 in (None, kept.sha256()):
             return kept
     return None
@@ -207,7 +237,14 @@ def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
     if split not in spec.sha256:  # nothing to hold a cache against
         return _read_cifar(spec, root, split, download)
     md5s = (*getattr(spec, split).values(), spec.meta[1])
-    found = _cached(name, root, split, " ".join(md5s), lambda: _read_cifar(spec, root, split, download), spec.sha256[split])
+    found = _cached(
+        name,
+        root,
+        split,
+        " ".join(md5s),
+        lambda: _read_cifar(spec, root, split, download),
+        spec.sha256[split],
+    )
     return replace(found, mean=spec.mean, std=spec.std)  # whatever the cache says
 
 
@@ -216,25 +253,33 @@ def _read_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:
         _download(spec, root)
     folder = root / spec.folder
     if not folder.is_dir():
-        raise InputError(f"no {spec.folder} in {root}: point --data at the folder that holds it, or add --download")
+        raise InputError(
+            f"no {spec.folder} in {root}: point --data at the folder that holds it, or add --download"
+        )
     images, labels = [], []
     for file, md5 in getattr(spec, split).items():
         content = _unpickle(folder / file, md5)
         images.append(content["data"].reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
         labels.append(np.asarray(content[spec.label_key], dtype=np.int64))
     names = tuple(_unpickle(folder / spec.meta[0], spec.meta[1])[spec.names_key])
-    return Arrays(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels), names, spec.mean, spec.std)
+    return Arrays(
+        np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels), names, spec.mean, spec.std
+    )
 
 
 def _unpickle(path: Path, md5: str) -> dict:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}: unpack the official archive again, or add --download") from error
+        raise InputError(
+            f"{path}: {error.strerror or error}: unpack the official archive again, or add --download"
+        ) from error
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
-        raise InputError(f"{path}: md5 is {found}, the official file has {md5}: it is damaged or another file; "
-                         "unpack the official archive again")
+        raise InputError(
+            f"{path}: md5 is {found}, the official file has {md5}: it is damaged or another file; "
+            "unpack the official archive again"
+        )
     return pickle.load(io.BytesIO(content), encoding="latin1")
 
 
@@ -242,12 +287,16 @@ def _download(spec: _Cifar, root: Path) -> None:
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
-        raise InputError("--download needs torchvision: pip install torchvision (the release that fits this torch)") from error
+        raise InputError(
+            "--download needs torchvision: pip install torchvision (the release that fits this torch)"
+        ) from error
     try:
         getattr(torchvision.datasets, spec.torchvision_class)(str(root), download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors
         reason = str(error).splitlines()[0]
-        raise InputError(f"could not download {spec.folder} to {root}: {reason}; fetch the archive by hand and unpack it there") from error
+        raise InputError(
+            f"could not download {spec.folder} to {root}: {reason}; fetch the archive by hand and unpack it there"
+        ) from error
 
 
 def _load_folder(root: Path, split: str) -> Arrays:
@@ -257,8 +306,12 @@ def _load_folder(root: Path, split: str) -> Arrays:
         files, test_names = _list_images(root / "test")
         if test_names != class_names:
             odd = ", ".join(sorted(set(test_names) ^ set(class_names)))
-            raise InputError(f"{root}: train and test hold different classes ({odd}): give both the same folders")
-    train = _cached("folder", root, "train", _folder_key(train_files), lambda: _read_folder(train_files, class_names))
+            raise InputError(
+                f"{root}: train and test hold different classes ({odd}): give both the same folders"
+            )
+    train = _cached(
+        "folder", root, "train", _folder_key(train_files), lambda: _read_folder(train_files, class_names)
+    )
     if split == "train":
         return train
     test = _cached("folder", root, "test", _folder_key(files), lambda: _read_folder(files, class_names))
@@ -268,7 +321,10 @@ def _load_folder(root: Path, split: str) -> Arrays:
 def _folder_key(files: list[tuple[Path, int]]) -> str:
     """Changes when a file is added, removed, renamed or written, also with its old date, or when another decoder reads them."""
     states = ((path.relative_to(path.parents[2]), label, path.stat()) for path, label in files)
-    text = "\n".join(f"{name} {label} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}" for name, label, state in states)
+    text = "\n".join(
+        f"{name} {label} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+        for name, label, state in states
+    )
     return f"{decode.decoder()} {hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -281,20 +337,34 @@ def _read_folder(files: list[tuple[Path, int]], class_names: tuple[str, ...]) ->
 def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """The image files of folder/CLASS/ with their labels, classes and files in alphabetical order."""
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}: --dataset folder wants DATA/train/CLASS/*.png|jpg and DATA/test/CLASS/*.png|jpg")
-    class_names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+        raise InputError(
+            f"no folder {folder}: --dataset folder wants DATA/train/CLASS/*.png|jpg and DATA/test/CLASS/*.png|jpg"
+        )
+    class_names = tuple(
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    )
     if len(class_names) < 2:
-        raise InputError(f"{folder} holds {len(class_names)} class folders, wanted two or more: {folder.name}/CLASS/*.png|jpg")
+        raise InputError(
+            f"{folder} holds {len(class_names)} class folders, wanted two or more: {folder.name}/CLASS/*.png|jpg"
+        )
     files = []
     for label, name in enumerate(class_names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file())
+        found = sorted(
+            path
+            for path in (folder / name).iterdir()
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.is_file()
+        )
         if not found:
-            raise InputError(f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder")
+            raise InputError(
+                f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder"
+            )
         for path in found:
             try:
                 path.name.encode()
             except UnicodeEncodeError as error:  # DALI takes no other names
-                raise InputError(f"{folder / name}: the file name {ascii(path.name)} is not UTF-8: rename it") from error
+                raise InputError(
+                    f"{folder / name}: the file name {ascii(path.name)} is not UTF-8: rename it"
+                ) from error
         files += [(path, label) for path in found]
     return files, class_names
 
@@ -310,7 +380,13 @@ def _load_digits(split: str) -> Arrays:
         raise InputError("--dataset digits needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
-    whole = Arrays(np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64), tuple("0123456789"), (0, 0, 0), (1, 1, 1))
+    whole = Arrays(
+        np.repeat(grey[..., None], 3, axis=3),
+        digits.target.astype(np.int64),
+        tuple("0123456789"),
+        (0, 0, 0),
+        (1, 1, 1),
+    )
     chosen = whole._rank_in_class() < DIGITS_TRAIN_PER_CLASS
     train = whole._where(chosen)
     mean, std = channel_statistics(train.images)
@@ -319,7 +395,9 @@ def _load_digits(split: str) -> Arrays:
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """(mean, standard deviation) per channel of uint8 [n, H, W, 3] in units of the full range, rounded to 4 digits."""
-    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])  # exact, and no float copy
+    counts = np.stack(
+        [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)]
+    )  # exact, and no float copy
     levels = np.arange(256) / 255
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ levels

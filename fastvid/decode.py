@@ -3,6 +3,7 @@
 Of an image of another size the largest square in its middle is scaled (bicubic, antialiased). JPEG files and 8-bit PNG files of 32x32
 pixels give equal arrays either way; 16-bit colours differ by one of the 255 levels, scaled photographs by a few.
 """
+
 from __future__ import annotations
 
 import os
@@ -37,8 +38,10 @@ def dali():
         from nvidia.dali import fn, pipeline_def, types
     except (ImportError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"DALI is installed but cannot be imported ({reason}): install the one for this machine, or uninstall it and "
-                         "take --loader torch") from error
+        raise InputError(
+            f"DALI is installed but cannot be imported ({reason}): install the one for this machine, or uninstall it and "
+            "take --loader torch"
+        ) from error
     return fn, pipeline_def, types
 
 
@@ -52,7 +55,14 @@ def images(paths: Sequence[Path]) -> np.ndarray:
     if len(paths) >= 1000:  # a minute's work: a log file shall say what is going on
         say(f"decoding {len(paths):,} images by {decoder()}")
     decoded = np.empty((len(paths), SIZE, SIZE, 3), np.uint8)
-    with tqdm(total=len(paths), desc="decoding", unit=" images", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=len(paths),
+        desc="decoding",
+        unit=" images",
+        unit_scale=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
         for index, image in enumerate(_by_dali(paths) if decoder() == "dali" else map(_by_pillow, paths)):
             decoded[index] = image
             bar.update()
@@ -60,20 +70,22 @@ def images(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _by_dali(paths: Sequence[Path]) -> Iterator[np.ndarray]:
-    for path in paths:  # first: DALI 2.4 may end the process where a batch holds a file whose header it cannot read
+    for (
+        path
+    ) in paths:  # first: DALI 2.4 may end the process where a batch holds a file whose header it cannot read
         if not _has_structure(path.read_bytes()):
             raise _unreadable(path)
     pipeline = _pipeline(paths, _BATCH)
     for first in range(0, len(paths), _BATCH):
-        part = paths[first:first + _BATCH]
+        part = paths[first : first + _BATCH]
         try:
             with _native_messages_hidden():
-                images, = pipeline.run()
+                (images,) = pipeline.run()
         except RuntimeError:
             for path in part:  # one by one: DALI does not say which
                 _check(path)
             raise
-        yield from np.asarray(images.as_tensor())[:len(part)]
+        yield from np.asarray(images.as_tensor())[: len(part)]
 
 
 def _has_structure(content: bytes) -> bool:
@@ -91,8 +103,8 @@ def _is_png(content: bytes) -> bool:
     position, kind = 8, b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", content, position)
-        checksum, = struct.unpack_from(">I", content, position + 8 + length)
-        if checksum != zlib.crc32(memoryview(content)[position + 4:position + 8 + length]):
+        (checksum,) = struct.unpack_from(">I", content, position + 8 + length)
+        if checksum != zlib.crc32(memoryview(content)[position + 4 : position + 8 + length]):
             return False
         position += length + 12
     return True
@@ -109,12 +121,18 @@ def _is_jpeg(content: bytes) -> bool:
         while content[position] == 0xFF:  # fill bytes
             position += 1
         marker = content[position]
-        length, = struct.unpack_from(">H", content, position + 1)
+        (length,) = struct.unpack_from(">H", content, position + 1)
         if marker == 0xDA:
             return sized and length == 6 + 2 * content[position + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             precision, height, width, components = struct.unpack_from(">BHHB", content, position + 3)
-            sized = precision == 8 and height > 0 and width > 0 and components in (1, 3, 4) and length == 8 + 3 * components
+            sized = (
+                precision == 8
+                and height > 0
+                and width > 0
+                and components in (1, 3, 4)
+                and length == 8 + 3 * components
+            )
             if not sized:
                 return False
         position += 1 + length
@@ -132,16 +150,32 @@ def _pipeline(paths: Sequence[Path], batch_size: int):
     """DALI from files to uint8 [batch_size, 32, 32, 3], without a batch ahead: an error belongs to the batch that was asked for."""
     fn, pipeline_def, types = dali()
 
-    @pipeline_def(batch_size=batch_size, num_threads=len(os.sched_getaffinity(0)), device_id=None,
-                  prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=len(os.sched_getaffinity(0)),
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
     def pipeline():
-        encoded, _ = fn.readers.file(files=list(map(str, paths)), dont_use_mmap=True)  # a file that shrinks would end the process
-        image = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)  # as Pillow does
+        encoded, _ = fn.readers.file(
+            files=list(map(str, paths)), dont_use_mmap=True
+        )  # a file that shrinks would end the process
+        image = fn.decoders.image(
+            encoded, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+        )  # as Pillow does
         size = fn.slice(image.shape(dtype=types.FLOAT), 0, 2, axes=[0])
         side = fn.reductions.min(size)
         corner = (size - side) / 2
-        return fn.resize(image, size=[SIZE, SIZE], roi_start=corner, roi_end=corner + side,
-                         interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.resize(
+            image,
+            size=[SIZE, SIZE],
+            roi_start=corner,
+            roi_end=corner + side,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+        )
 
     return pipeline()
 
@@ -150,15 +184,24 @@ def _by_pillow(path: Path) -> np.ndarray:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise InputError("--dataset folder needs Pillow: pip install pillow, or on Linux DALI: pip install nvidia-dali-cuda130") from error
+        raise InputError(
+            "--dataset folder needs Pillow: pip install pillow, or on Linux DALI: pip install nvidia-dali-cuda130"
+        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of transparency that RGB drops, of EXIF that nobody reads
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.mode.startswith("I"):  # 16-bit grey, which convert would clip at 255
-                    image = Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+                    image = Image.fromarray(
+                        ((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8)
+                    )
                 image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow reports damage as any of these
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow reports damage as any of these
         raise _unreadable(path) from error
     if image.size != (SIZE, SIZE):
         image = ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BICUBIC)

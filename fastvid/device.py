@@ -1,4 +1,5 @@
 """The device that a run is on: its choice, its compute types, its memory, its threads."""
+
 from __future__ import annotations
 
 import ctypes
@@ -26,14 +27,18 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InputError(f"fastvid does not run on {name!r}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no GPU for --device {name}: torch {torch.__version__} sees {torch.cuda.device_count()}; "
-                         "take --device cpu, or see `fastvid doctor`")
+        raise InputError(
+            f"no GPU for --device {name}: torch {torch.__version__} sees {torch.cuda.device_count()}; "
+            "take --device cpu, or see `fastvid doctor`"
+        )
     return device
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Autocast to a key of DTYPES. Nothing is cached: a step uses each weight once, and a cache must not outlive a captured graph."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
+    return torch.autocast(
+        device.type, dtype=DTYPES[precision], enabled=precision != "fp32", cache_enabled=False
+    )
 
 
 @cache
@@ -53,7 +58,9 @@ def tune(device: torch.device, processes: int = 1) -> None:
     if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    )  # musl has none
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)

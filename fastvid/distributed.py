@@ -2,6 +2,7 @@
 
 They talk through gloo, on the host; gradients on GPUs travel through NCCL.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from fastvid.errors import RankLost
 
-PATIENCE = timedelta(days=7)  # for a rank that trains while the others wait; one that is lost is noticed at once all the same
+PATIENCE = timedelta(
+    days=7
+)  # for a rank that trains while the others wait; one that is lost is noticed at once all the same
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,14 @@ def noticing_loss(ranks: Ranks) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if ranks.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower()):
+        if ranks.world_size == 1 or not (
+            isinstance(error, dist.DistError) or "gloo" in text.lower() or "nccl" in text.lower()
+        ):
             raise
-        reason = re.sub(r"^\[\S*\] ", "", text.strip()).partition("\n")[0].partition(". ")[0]  # without gloo's file name and advice
-        raise RankLost(f"rank {ranks.rank} of {ranks.world_size} lost another one ({reason}): start the same command again, it goes on "
-                       "from the last checkpoint") from error
+        reason = (
+            re.sub(r"^\[\S*\] ", "", text.strip()).partition("\n")[0].partition(". ")[0]
+        )  # without gloo's file name and advice
+        raise RankLost(
+            f"rank {ranks.rank} of {ranks.world_size} lost another one ({reason}): start the same command again, it goes on "
+            "from the last checkpoint"
+        ) from error

@@ -1,4 +1,5 @@
 """What this machine has: versions, device, which loader, engine and losses would run, which data was found."""
+
 from __future__ import annotations
 
 import platform
@@ -15,18 +16,35 @@ from fastvid.errors import InputError
 from fastvid.kernels import checks
 
 PACKAGES = {  # what each is for
-    "torch": "training", "triton": "losses on a GPU", "numpy": "data", "safetensors": "weights", "tqdm": "progress",
-    "torchvision": "--download", "pillow": "--dataset folder", "scikit-learn": "--dataset digits", "matplotlib": "plots of report",
+    "torch": "training",
+    "triton": "losses on a GPU",
+    "numpy": "data",
+    "safetensors": "weights",
+    "tqdm": "progress",
+    "torchvision": "--download",
+    "pillow": "--dataset folder",
+    "scikit-learn": "--dataset digits",
+    "matplotlib": "plots of report",
 }
 
 
 def doctor(data: str) -> str:
     """The report as lines of text. `data`: the folder in which data sets are looked for."""
     device = choose_device("auto")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads, no GPU"
-    lines = [f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-             f"device    {name}", f"loader    {loader.describe('auto')}", f"engine    {_engine(device)}", f"losses    {_losses(device)}",
-             "", "packages"]
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads, no GPU"
+    )
+    lines = [
+        f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"device    {name}",
+        f"loader    {loader.describe('auto')}",
+        f"engine    {_engine(device)}",
+        f"losses    {_losses(device)}",
+        "",
+        "packages",
+    ]
     lines += [f"  {package:20} {_version(package):14} {purpose}" for package, purpose in PACKAGES.items()]
     lines += ["", f"data under {data}"]
     lines += [f"  {dataset:20} {_state(dataset, data)}" for dataset in datasets.NAMES]

@@ -7,6 +7,7 @@
 All three are the same few lines, GroupStep._run. Compiling, warming up and capturing leave no trace in the training: what they
 change is put back. Their seconds are counted apart.
 """
+
 from __future__ import annotations
 
 import gc
@@ -60,9 +61,13 @@ def choose_engine(name: str, device: torch.device, steps: int, ranks: Ranks = AL
             return "graph" if find_spec("triton") else "eager"
         return "compile" if steps >= LONG and _compiler_works() else "eager"
     if name == "graph" and device.type != "cuda":
-        raise InputError(f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto")
+        raise InputError(
+            f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto"
+        )
     if name != "eager" and ranks.world_size > 1:
-        raise InputError(f"--engine {name} is for one process, and torchrun has started several: take --engine auto")
+        raise InputError(
+            f"--engine {name} is for one process, and torchrun has started several: take --engine auto"
+        )
     if name != "eager" and device.type == "cuda" and not find_spec("triton"):
         raise InputError(f"--engine {name} needs Triton on a GPU: pip install triton, or take --engine eager")
     return name
@@ -76,7 +81,9 @@ def _compiler_works() -> bool:
     try:
         torch.compile(lambda number: number + 1, dynamic=False)(torch.zeros(1))
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
-        say(f"torch.compile does not work here ({str(error).strip().partition(chr(10))[0]}): the engine is eager")
+        say(
+            f"torch.compile does not work here ({str(error).strip().partition(chr(10))[0]}): the engine is eager"
+        )
         return False
     return True
 
@@ -88,8 +95,16 @@ class GroupStep:
     one of an epoch is not.  preparation_seconds: spent on compiling, warming up and capturing so far.
     """
 
-    def __init__(self, teacher: WideResNet | None, learners: list[Learner], device: torch.device, precision: str,
-                 engine: str | Mode = "eager", ranks: Ranks = ALONE, batch_size: int | None = None):
+    def __init__(
+        self,
+        teacher: WideResNet | None,
+        learners: list[Learner],
+        device: torch.device,
+        precision: str,
+        engine: str | Mode = "eager",
+        ranks: Ranks = ALONE,
+        batch_size: int | None = None,
+    ):
         self.learners, self.device, self.precision, self.batch_size = learners, device, precision, batch_size
         self.mode = ENGINES[engine] if isinstance(engine, str) else engine
         self.preparation_seconds = 0.0
@@ -97,11 +112,17 @@ class GroupStep:
         self._learning_rate: float | None = None
         self._prepared: dict[tuple, Callable[[Tensor, Tensor], None]] = {}
         self._counts: dict[tuple[Learner, EvalLoader], Callable[[], Tensor]] = {}
-        self._streams = [_stream(device, 1 + number) if self.mode.captured else None for number in range(len(learners))]
+        self._streams = [
+            _stream(device, 1 + number) if self.mode.captured else None for number in range(len(learners))
+        ]
         if self.mode.captured:
-            self._pool = torch.cuda.graph_pool_handle()  # shared: the graphs of full and of short batches never run at once
+            self._pool = (
+                torch.cuda.graph_pool_handle()
+            )  # shared: the graphs of full and of short batches never run at once
         if self.mode.compiled:
-            dynamo = torch._dynamo.config  # its limit counts the variants of all learners together, and what lies beyond is an error
+            dynamo = (
+                torch._dynamo.config
+            )  # its limit counts the variants of all learners together, and what lies beyond is an error
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._teacher = self._teacher and torch.compile(self._teacher, fullgraph=True, dynamic=False)
             for learner in learners:
@@ -121,7 +142,9 @@ class GroupStep:
 
     def __call__(self, images: Tensor, labels: Tensor, learning_rate: float, weight: float = 1.0) -> None:
         """images: [B, 3, 32, 32] channels-last.  labels: int64 [B].  weight: of this rank's batch among those of all ranks."""
-        if not len(labels):  # of a rank that a short last batch leaves out: it takes part with an image that weighs nothing
+        if not len(
+            labels
+        ):  # of a rank that a short last batch leaves out: it takes part with an image that weighs nothing
             images = images.new_zeros(1, *images.shape[1:]).contiguous(memory_format=torch.channels_last)
             labels = labels.new_zeros(1)
         if learning_rate != self._learning_rate:
@@ -154,6 +177,7 @@ class GroupStep:
 
     def _prepare(self, images: Tensor, labels: Tensor, weight: float) -> Callable[[Tensor, Tensor], None]:
         """What executes batches of this size from now on."""
+
         def run(images: Tensor, labels: Tensor) -> None:
             self._run(images, labels, weight)
 
@@ -168,7 +192,10 @@ class GroupStep:
     def rehearsal(self) -> Iterator[None]:
         """Steps inside leave no trace in the training: what they change is put back."""
         tensors = [tensor for learner in self.learners for tensor in learner.tensors()]
-        before, scalers = [tensor.detach().clone() for tensor in tensors], [learner.scaler.state_dict() for learner in self.learners]
+        before, scalers = (
+            [tensor.detach().clone() for tensor in tensors],
+            [learner.scaler.state_dict() for learner in self.learners],
+        )
         try:
             yield
         finally:
@@ -193,8 +220,12 @@ class GroupStep:
 
     def _capture_count(self, learner: Learner, loader: EvalLoader) -> Callable[[], Tensor]:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        graph = _Captured(lambda: correct.copy_(_count(learner.network, loader, self.device, self.precision)),
-                          device=self.device, pool=self._pool, warm_up=1)
+        graph = _Captured(
+            lambda: correct.copy_(_count(learner.network, loader, self.device, self.precision)),
+            device=self.device,
+            pool=self._pool,
+            warm_up=1,
+        )
 
         def count() -> Tensor:
             graph()
@@ -214,7 +245,14 @@ class GroupStep:
 class _Captured:
     """A function of tensors, recorded once as a CUDA graph and replayed on new contents of the same shapes."""
 
-    def __init__(self, function: Callable[..., object], *inputs: Tensor, device: torch.device, pool: tuple[int, int], warm_up: int):
+    def __init__(
+        self,
+        function: Callable[..., object],
+        *inputs: Tensor,
+        device: torch.device,
+        pool: tuple[int, int],
+        warm_up: int,
+    ):
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
         stream = _stream(device, 0)
@@ -224,7 +262,9 @@ class _Captured:
                     function(*self._inputs)
         torch.cuda.synchronize()
         gc.collect()  # an old graph that is freed during a capture would break it
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # DALI's threads work on
+        with torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        ):  # DALI's threads work on
             function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> None:
@@ -239,7 +279,9 @@ def _naming_failed_compilation() -> Iterator[None]:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"torch.compile failed ({reason}): take --engine eager, or see whether the compiler works") from error
+        raise InputError(
+            f"torch.compile failed ({reason}): take --engine eager, or see whether the compiler works"
+        ) from error
 
 
 @cache

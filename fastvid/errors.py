@@ -19,8 +19,17 @@ class RankLost(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the machine, of a GPU (torch.OutOfMemoryError), or as libraries say it that have no class for it; also behind a broken capture."""
-    spoken = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory",
-              "CUDA error: out of memory", "_ALLOC_FAILED")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in spoken):
+    spoken = (
+        "DefaultCPUAllocator",
+        "could not create a primitive",
+        "could not create a memory",
+        "CUDA error: out of memory",
+        "_ALLOC_FAILED",
+    )
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(text in str(error) for text in spoken)
+    ):
         return True
     return error.__context__ is not None and is_out_of_memory(error.__context__)

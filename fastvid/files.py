@@ -1,4 +1,5 @@
 """How a file that must not be lost is written: beside its place, synced, renamed. A crash or a full disk leaves the old one."""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,8 +30,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
-                         "make room there or choose another folder, then start again") from error
+        raise InputError(
+            f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
+            "make room there or choose another folder, then start again"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
             temporary.unlink()

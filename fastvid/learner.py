@@ -1,4 +1,5 @@
 """One network in training: with its method, its optimizer, and the running sums of its losses."""
+
 from __future__ import annotations
 
 import math
@@ -42,32 +43,48 @@ class Learner:
     From the first step on whose losses or gradients are not finite it stands still: no update follows (`failed_steps`).
     """
 
-    def __init__(self, name: str, network: WideResNet, method: Method, config: TrainConfig, device: torch.device):
+    def __init__(
+        self, name: str, network: WideResNet, method: Method, config: TrainConfig, device: torch.device
+    ):
         self.name = name
         self.network = network.to(device, memory_format=torch.channels_last)
         self.method = method.to(device)
         student = Student(self.network, self.method, device, config.precision)
         for module in student.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = None  # only a momentum of None needs it: a kernel less per layer and step
+                module.num_batches_tracked = (
+                    None  # only a momentum of None needs it: a kernel less per layer and step
+                )
         self.forward = self.student = student
         self.clip_norm = config.clip_norm
         self.parameters = [*self.network.parameters(), *self.method.parameters()]
         undecayed = self.method.undecayed_parameters()
         exempt = {id(parameter) for parameter in undecayed}
-        groups = [{"params": [p for p in self.parameters if id(p) not in exempt], "weight_decay": config.weight_decay}]
+        groups = [
+            {
+                "params": [p for p in self.parameters if id(p) not in exempt],
+                "weight_decay": config.weight_decay,
+            }
+        ]
         if undecayed:
             groups.append({"params": undecayed, "weight_decay": 0.0})
-        self.learning_rate = torch.tensor(config.learning_rate, device=device)  # a tensor: graphs read it when they are replayed
+        self.learning_rate = torch.tensor(
+            config.learning_rate, device=device
+        )  # a tensor: graphs read it when they are replayed
         self.optimizer = torch.optim.SGD(
-            groups, lr=self.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+            groups, lr=self.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
+        )
         if config.momentum:  # zeros give the bits that no buffer gives; the fused step wants all or none, and hints alone reach some
             for parameter in self.parameters:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # makes its tensors now
-        self.loss_sums = torch.zeros(2, device=device)  # of the task and transfer terms, over images of this epoch
-        self.failed = torch.zeros((), device=device)  # 1 from the first step on whose losses or gradients are not finite
+        self.loss_sums = torch.zeros(
+            2, device=device
+        )  # of the task and transfer terms, over images of this epoch
+        self.failed = torch.zeros(
+            (), device=device
+        )  # 1 from the first step on whose losses or gradients are not finite
         self._failed_steps, self._one = torch.zeros((), device=device), torch.ones((), device=device)
         if not self.scaler.is_enabled():  # else the scaler tells its own: it skips a step and scales less
             self.optimizer.found_inf = self.failed
@@ -78,12 +95,23 @@ class Learner:
 
     def distribute(self, ranks: Ranks) -> None:
         """Average the gradients over the ranks of a job (DistributedDataParallel)."""
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of 1x1 convolutions, where both name the same order
+        warnings.filterwarnings(
+            "ignore", "Grad strides do not match bucket view"
+        )  # of 1x1 convolutions, where both name the same order
         staged = any(term.staged for term in self.method.transfers.values())
         group = ranks.group if self.loss_sums.is_cuda else None
-        self.forward = DistributedDataParallel(self.forward, process_group=group, find_unused_parameters=staged)
+        self.forward = DistributedDataParallel(
+            self.forward, process_group=group, find_unused_parameters=staged
+        )
 
-    def step(self, images: Tensor, taught: Activations | None, labels: Tensor, weight: float = 1.0, eager: bool = False) -> None:
+    def step(
+        self,
+        images: Tensor,
+        taught: Activations | None,
+        labels: Tensor,
+        weight: float = 1.0,
+        eager: bool = False,
+    ) -> None:
         """Forward, backward and update. weight: factor on the loss, for ranks whose batches differ in size. eager: not compiled."""
         with record_function(f"{self.name}: forward"):
             task, transfer = (self.student if eager else self.forward)(images, taught, labels)
@@ -96,7 +124,9 @@ class Learner:
             self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         with record_function(f"{self.name}: update"):
             terms = torch.stack((task, transfer)).detach()
-            gradients = [] if self.scaler.is_enabled() else [p.grad for p in self.parameters if p.grad is not None]
+            gradients = (
+                [] if self.scaler.is_enabled() else [p.grad for p in self.parameters if p.grad is not None]
+            )
             torch._amp_foreach_non_finite_check_and_unscale_([terms, *gradients], self.failed, self._one)
             self._failed_steps.add_(self.failed)
             if self.clip_norm:
@@ -114,8 +144,10 @@ class Learner:
         """Mean (task, transfer) of an epoch of so many images over all ranks. Waits for the device. InputError when not finite."""
         task, transfer = (ranks.sum(self.loss_sums) / images).tolist()
         if not math.isfinite(task + transfer):  # a sum of finite ones may overflow
-            raise InputError(f"{self.name} diverged: task loss {task}, transfer loss {transfer} over an epoch; lower its weight or "
-                             "--learning-rate, set --clip-norm, or leave it out")
+            raise InputError(
+                f"{self.name} diverged: task loss {task}, transfer loss {transfer} over an epoch; lower its weight or "
+                "--learning-rate, set --clip-norm, or leave it out"
+            )
         return task, transfer
 
     def failed_steps(self) -> int:
@@ -142,8 +174,19 @@ class Learner:
         if not loss.isfinite():
             return f"the sum of its losses is {loss.item()}, the largest of them {max(parts, key=lambda name: abs(parts[name]))}"
         loss.backward()
-        gradients = ((name, parameter.grad) for name, parameter in student.named_parameters() if parameter.grad is not None)
-        return next((f"the gradient of {name} is not finite" for name, gradient in gradients if not gradient.isfinite().all()), None)
+        gradients = (
+            (name, parameter.grad)
+            for name, parameter in student.named_parameters()
+            if parameter.grad is not None
+        )
+        return next(
+            (
+                f"the gradient of {name} is not finite"
+                for name, gradient in gradients
+                if not gradient.isfinite().all()
+            ),
+            None,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Everything that a step changes, but the scaler's two numbers."""
@@ -159,13 +202,19 @@ class Learner:
             _fill(own, state[part], part)
         _fill({"loss_sums": self.loss_sums}, {"loss_sums": state["loss_sums"]}, "state")
         if self.scaler.is_enabled():
-            changing = {"scale": float(state["scaler"]["scale"]), "_growth_tracker": int(state["scaler"]["_growth_tracker"])}
+            changing = {
+                "scale": float(state["scaler"]["scale"]),
+                "_growth_tracker": int(state["scaler"]["_growth_tracker"]),
+            }
             self.scaler.load_state_dict(self.scaler.state_dict() | changing)
 
     def _named(self) -> dict[str, dict[str, Tensor]]:
         """What a step changes and the next start needs, by part and name."""
-        momenta = {name: self.optimizer.state[parameter]["momentum_buffer"] for name, parameter in self.student.named_parameters()
-                   if self.optimizer.defaults["momentum"]}
+        momenta = {
+            name: self.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in self.student.named_parameters()
+            if self.optimizer.defaults["momentum"]
+        }
         return {"network": self.network.state_dict(), "method": self.method.state_dict(), "momenta": momenta}
 
 

@@ -8,6 +8,7 @@ The pool is reflect-padded once and lives on the device. Two executors give equa
 Both compute (pixel - 255·mean) · (1 / (255·std)), every operation rounded to fp32: on a CPU to the same bits. On a GPU DALI takes a
 fused multiply-add, pixel · scale + (-255·mean·scale), which differs by some 2^-24 · (mean + 1)/std.
 """
+
 from __future__ import annotations
 
 import threading
@@ -41,8 +42,10 @@ def choose_backend(backend: str) -> str:
         raise InputError(f"unknown loader {backend!r}: choose from auto, {', '.join(BACKENDS)}")
     installed = dali_is_installed()
     if backend == "dali" and not installed:
-        raise InputError("--loader dali needs DALI: pip install nvidia-dali-cuda130 (Linux; nvidia-dali-cuda120 for CUDA 12), "
-                         "or take --loader torch, which gives the same batches")
+        raise InputError(
+            "--loader dali needs DALI: pip install nvidia-dali-cuda130 (Linux; nvidia-dali-cuda120 for CUDA 12), "
+            "or take --loader torch, which gives the same batches"
+        )
     return "dali" if installed and backend != "torch" else "torch"
 
 
@@ -50,12 +53,22 @@ def describe(backend: str) -> str:
     """The executor of this --loader in words, with its version."""
     if choose_backend(backend) == "torch":
         return "torch" if dali_is_installed() else "torch (DALI is not installed)"
-    versions = (dist.version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") for dist in metadata.distributions(name=name))
+    versions = (
+        dist.version
+        for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+        for dist in metadata.distributions(name=name)
+    )
     return f"dali {next(versions, '')}".strip()
 
 
-def train_loader(arrays: Arrays, plan: BatchPlan, *, backend: str = "auto", device: str | torch.device = "cpu",
-                 dtype: torch.dtype | None = None) -> TrainLoader:
+def train_loader(
+    arrays: Arrays,
+    plan: BatchPlan,
+    *,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TrainLoader:
     """Batches of `arrays` as `plan` orders, crops and flips them.
 
     arrays: images uint8 [n, 32, 32, 3].  backend: auto, dali or torch; the batches are the same.
@@ -85,7 +98,9 @@ class TrainLoader:
         Raises IndexError for an epoch or a step below 0, or a step beyond the end.
         """
         if epoch < 0 or not 0 <= start_step <= self.plan.steps_per_epoch:
-            raise IndexError(f"no step {start_step} of epoch {epoch}: an epoch has {self.plan.steps_per_epoch} steps")
+            raise IndexError(
+                f"no step {start_step} of epoch {epoch}: an epoch has {self.plan.steps_per_epoch} steps"
+            )
         return (self._executor.batch(epoch, step) for step in range(start_step, self.plan.steps_per_epoch))
 
 
@@ -103,10 +118,16 @@ class _TorchExecutor:
 
     def batch(self, epoch: int, step: int) -> Batch:
         plan = self._plan.batch(epoch, step)
-        indices, top, left, flip = _to_device(np.stack(plan), self._device)  # one transfer; bool becomes 0 and 1
+        indices, top, left, flip = _to_device(
+            np.stack(plan), self._device
+        )  # one transfer; bool becomes 0 and 1
         size = self._padded_size
-        columns = left[:, None] + torch.where(flip[:, None] == 1, SIZE - 1 - self._column, self._column)  # [B, 32]
-        rows = (indices[:, None] * size + top[:, None] + self._column) * size  # [B, 32], first pixel of each row
+        columns = left[:, None] + torch.where(
+            flip[:, None] == 1, SIZE - 1 - self._column, self._column
+        )  # [B, 32]
+        rows = (
+            indices[:, None] * size + top[:, None] + self._column
+        ) * size  # [B, 32], first pixel of each row
         pixels = self._pixels.take(rows[:, :, None] + columns[:, None, :])
         return Batch(self._normalise(pixels), self._labels[indices])
 
@@ -125,12 +146,14 @@ class _DaliExecutor:
             labels = torch.empty(0, dtype=torch.int64, device=self._source.device)
             return Batch(labels.new_empty(0, 3, SIZE, SIZE, dtype=self._dtype), labels)
         wanted = epoch * self._plan.steps_per_epoch + step
-        stream = [torch.cuda.current_stream(self._source.device)] if self._source.stream else []  # its work on the images waits for DALI
+        stream = (
+            [torch.cuda.current_stream(self._source.device)] if self._source.stream else []
+        )  # its work on the images waits for DALI
         with self._one_at_a_time:
             self._source.seek(wanted)
             number = None
             while number != wanted:
-                images, = self._pipeline.run(*stream)
+                (images,) = self._pipeline.run(*stream)
                 number, labels = self._source.taken()
         images = torch.from_dlpack(images.as_tensor()).to(self._dtype)  # valid as long as it is held
         return Batch(images.permute(0, 3, 1, 2), labels)
@@ -150,7 +173,9 @@ class _DaliSource:
         count, offsets, row = len(pool), 2 * MARGIN + 1, 3 * pool.shape[2]  # row: bytes
         shape, strides = (count, offsets, offsets, SIZE, 3 * SIZE), (row * pool.shape[1], row, 3, row, 1)
         if self.stream is None:
-            self._windows = np.lib.stride_tricks.as_strided(pool, shape, strides, writeable=False)  # every crop of every image: a view
+            self._windows = np.lib.stride_tricks.as_strided(
+                pool, shape, strides, writeable=False
+            )  # every crop of every image: a view
         else:
             self._windows = torch.from_numpy(pool).to(device).as_strided(shape, strides)
             self._labels = torch.from_numpy(self._labels).to(device)
@@ -215,30 +240,49 @@ def _build_pipeline(source: _DaliSource, arrays: Arrays, batch_size: int):
     on_gpu = source.stream is not None
     mean, std = _constants(arrays)
 
-    @pipeline_def(batch_size=batch_size, num_threads=min(2, torch.get_num_threads()), prefetch_queue_depth=PREFETCH,
-                  exec_dynamic=True,  # the executor that counts references: what is held is not overwritten
-                  device_id=torch.empty(0, device=source.device).get_device() if on_gpu else None)
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=min(2, torch.get_num_threads()),
+        prefetch_queue_depth=PREFETCH,
+        exec_dynamic=True,  # the executor that counts references: what is held is not overwritten
+        device_id=torch.empty(0, device=source.device).get_device() if on_gpu else None,
+    )
     def pipeline():
         # On a GPU DALI orders its reading after our writing only where it copies: 393 KB a batch, on our stream.
-        images = fn.external_source(source=source.images, layout="HWC", device="gpu" if on_gpu else "cpu", no_copy=not on_gpu,
-                                    cuda_stream=source.stream)
+        images = fn.external_source(
+            source=source.images,
+            layout="HWC",
+            device="gpu" if on_gpu else "cpu",
+            no_copy=not on_gpu,
+            cuda_stream=source.stream,
+        )
         flips = fn.external_source(source=source.flips, no_copy=True)
         return fn.crop_mirror_normalize(
-            images, mirror=flips, mean=mean.tolist(), std=std.tolist(), output_layout="HWC", dtype=types.FLOAT)
+            images, mirror=flips, mean=mean.tolist(), std=std.tolist(), output_layout="HWC", dtype=types.FLOAT
+        )
 
     built = pipeline()
     try:
         built.build()
     except RuntimeError as error:  # a DALI of another CUDA, or a driver that is too old for it
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"DALI cannot run on {source.device} ({reason}): take --loader torch, which gives the same batches") from error
+        raise InputError(
+            f"DALI cannot run on {source.device} ({reason}): take --loader torch, which gives the same batches"
+        ) from error
     return built
 
 
 class EvalLoader:
     """Every image once, in order, unaugmented, with the normalisation of training: `for images, labels in loader`."""
 
-    def __init__(self, arrays: Arrays, batch_size: int, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        arrays: Arrays,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
         device = torch.device(device)
         self._pixels = _rgbx(arrays.images).view(-1, SIZE, SIZE).to(device)
         self._labels = torch.from_numpy(arrays.labels).to(device)

@@ -3,6 +3,7 @@
 Every epoch has its own counter-based generator, Philox with the key (seed, epoch). So any batch can be computed directly,
 in any order and in any process: resuming, sharding and several loaders need no saved random state. NumPy only.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -32,12 +33,20 @@ class BatchPlan:
 
     def __init__(self, num_images: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
         if num_images < 1 or batch_size < 1:
-            raise ValueError(f"BatchPlan wants at least one image and a batch of at least one, got {num_images} and {batch_size}")
+            raise ValueError(
+                f"BatchPlan wants at least one image and a batch of at least one, got {num_images} and {batch_size}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"BatchPlan wants 0 <= rank < world_size, got rank {rank} of {world_size}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"BatchPlan wants a seed in 0 .. 2**64 - 1, got {seed}")
-        self.num_images, self.batch_size, self.seed, self.rank, self.world_size = num_images, batch_size, seed, rank, world_size
+        self.num_images, self.batch_size, self.seed, self.rank, self.world_size = (
+            num_images,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
         self._epoch = lru_cache(maxsize=2)(self._draw)  # 2: prefetching looks into the next epoch
 
     @property

@@ -1,4 +1,5 @@
 """The plots of an output folder: learning curves, and accuracy against labels per class. Needs matplotlib, which is optional."""
+
 from __future__ import annotations
 
 import io
@@ -9,8 +10,15 @@ from fastvid.results import RunResult
 from fastvid.table import Section, column_title, short_name, subset_size
 
 COLOURS = {  # Okabe and Ito's, which colour-blind people can tell apart, without their yellow, which is faint on white
-    "teacher": "#000000", "student": "#8C8C8C", "kd": "#56B4E9", "fitnet": "#009E73", "at": "#E69F00", "vid": "#D55E00",
-    "kd+at": "#CC79A7", "kd+vid": "#0072B2"}
+    "teacher": "#000000",
+    "student": "#8C8C8C",
+    "kd": "#56B4E9",
+    "fitnet": "#009E73",
+    "at": "#E69F00",
+    "vid": "#D55E00",
+    "kd+at": "#CC79A7",
+    "kd+vid": "#0072B2",
+}
 SPARE_COLOURS = ("#882255", "#999933", "#332288", "#117733")  # for other sums, in their order of appearance
 
 
@@ -31,8 +39,17 @@ def _png(draw, section: Section) -> bytes:
     from matplotlib.figure import Figure
 
     content = io.BytesIO()
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-                                "axes.axisbelow": True, "legend.frameon": False, "hatch.linewidth": 0.6}):
+    with matplotlib.rc_context(
+        {
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "hatch.linewidth": 0.6,
+        }
+    ):
         figure = Figure(layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         draw(figure, section)
@@ -47,7 +64,7 @@ def _draw_curves(figure, section: Section) -> None:
     figure.set_size_inches(1.2 + 3.9 * across, 1.2 + 3.0 * down)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     handles: dict[str, object] = {}
-    for panel in panels[len(columns):]:
+    for panel in panels[len(columns) :]:
         panel.set_visible(False)
     for place, (column, panel) in enumerate(zip(columns, panels)):
         handles |= _draw_panel(panel, section, column)
@@ -70,9 +87,18 @@ def _draw_panel(panel, section: Section, column: RunResult) -> dict[str, object]
         if points:
             epochs, values = zip(*sorted(points.items()))
             colour, marker = _colour(section, method), "o" if len(epochs) < 10 else None
-            panel.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.18, linewidth=0)
-            (handles[method],) = panel.plot(epochs, list(map(mean, values)), color=colour, linestyle="--" if "+" in method else "-",
-                                            linewidth=1.4, marker=marker, markersize=3)
+            panel.fill_between(
+                epochs, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.18, linewidth=0
+            )
+            (handles[method],) = panel.plot(
+                epochs,
+                list(map(mean, values)),
+                color=colour,
+                linestyle="--" if "+" in method else "-",
+                linewidth=1.4,
+                marker=marker,
+                markersize=3,
+            )
             late += [accuracy for epoch, v in points.items() if epoch > 0.1 * length for accuracy in v]
     if section.given_teacher is not None and column.per_class is None:
         handles["teacher"] = _draw_given_teacher(panel, section)
@@ -112,7 +138,9 @@ def _draw_bars(figure, section: Section) -> None:
     axes.set_ylabel(f"accuracy on the {section.evaluated_on} split, %")
     axes.grid(axis="y", color="0.92")
     axes.set_title(f"{section.dataset}: last epoch, " + _over_seeds(section, "mean and standard deviation"))
-    if any(section.published(method, column)[0] for column, group in zip(columns, groups) for method in group):
+    if any(
+        section.published(method, column)[0] for column, group in zip(columns, groups) for method in group
+    ):
         handles["paper"] = Patch(facecolor="white", edgecolor="0.3", hatch="/////")
     _legend(figure, section, handles)
 
@@ -121,11 +149,25 @@ def _draw_bar(axes, section: Section, method: str, column: RunResult, place: flo
     accuracies = [run.accuracy for run in section.cell(method, column)]
     colour, paper = _colour(section, method), section.published(method, column)[0]
     width, shift = (0.52, 0.17) if paper else (0.8, 0.0)
-    bar = axes.bar(place - shift, mean(accuracies), width, color=colour,
-                   yerr=stdev(accuracies) if len(accuracies) > 1 else None, error_kw={"elinewidth": 1, "capsize": 2})
+    bar = axes.bar(
+        place - shift,
+        mean(accuracies),
+        width,
+        color=colour,
+        yerr=stdev(accuracies) if len(accuracies) > 1 else None,
+        error_kw={"elinewidth": 1, "capsize": 2},
+    )
     brightness = sum(bytes.fromhex(colour[1:])) / 765
-    axes.text(place - shift, 2, f"{mean(accuracies):.1f}", rotation=90, ha="center", va="bottom", fontsize=8,
-              color="white" if brightness < 0.5 else "black")
+    axes.text(
+        place - shift,
+        2,
+        f"{mean(accuracies):.1f}",
+        rotation=90,
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color="white" if brightness < 0.5 else "black",
+    )
     if paper:
         axes.bar(place + 0.26, paper, 0.32, facecolor="white", edgecolor=colour, linewidth=0.8, hatch="/////")
     return bar
@@ -151,5 +193,10 @@ def _legend(figure, section: Section, handles: dict[str, object]) -> None:
     given = {"teacher": "Teacher (given)"} if section.given_teacher is not None else {}
     labels = [given.get(name) or short_name(name) for name in names]
     rows = math.ceil(len(names) / figure.get_figwidth())  # an entry takes about an inch
-    figure.legend([handles[name] for name in names], labels, loc="outside lower center", ncols=math.ceil(len(names) / rows),
-                  columnspacing=1.4)
+    figure.legend(
+        [handles[name] for name in names],
+        labels,
+        loc="outside lower center",
+        ncols=math.ceil(len(names) / rows),
+        columnspacing=1.4,
+    )

@@ -1,4 +1,5 @@
 """What a person sees of a run: a bar with images/s and ETA on a terminal, plain lines in a log file."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,8 +26,16 @@ class Progress:
         self._least_seconds, self._text = least_seconds, ""
         self._bar, self._advanced = None, False
         if sys.stderr is not None and sys.stderr.isatty() and not _muted:
-            self._bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False,
-                             bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}")
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                unit=" images",
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                leave=False,
+                bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}",
+            )
         self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
 
     def advance(self, images: int) -> None:
@@ -39,7 +48,9 @@ class Progress:
                 self._bar.initial = self._bar.n = self._bar.last_print_n = self._done
         elif self._bar is not None:
             self._bar.update(images)
-        if self._bar is None and time.monotonic() - self._last_line >= 6 * self._least_seconds:  # long epochs, or many between evaluations
+        if (
+            self._bar is None and time.monotonic() - self._last_line >= 6 * self._least_seconds
+        ):  # long epochs, or many between evaluations
             self._state()
 
     def status(self, text: str) -> None:
@@ -56,7 +67,9 @@ class Progress:
             parts.append(self._text)
         if self._done > self._first:
             rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
-            parts.append(f"{rate:,.0f} images/s  ETA {tqdm.format_interval((self._total - self._done) / rate)}")
+            parts.append(
+                f"{rate:,.0f} images/s  ETA {tqdm.format_interval((self._total - self._done) / rate)}"
+            )
         self._line("  ".join(parts))
 
     def close(self) -> None:
@@ -72,6 +85,8 @@ def say(text: str) -> None:
     """One line to the person, above the bar if there is one."""
     if _muted or sys.stderr is None:
         return
-    with contextlib.suppress(OSError):  # nobody reads on, or the log's disk is full; the training shall not end for that
+    with contextlib.suppress(
+        OSError
+    ):  # nobody reads on, or the log's disk is full; the training shall not end for that
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()

@@ -1,4 +1,5 @@
 """From the JSON lines of an output folder to table.md, table.csv, curves.png and accuracy.png."""
+
 from __future__ import annotations
 
 import contextlib
@@ -18,9 +19,17 @@ def report(folder: Path) -> str:
     found, remarks = _read(folder)
     try:
         markdown, files = _render(found)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # what no checksum and no type rules out
-        raise InputError(f"{folder / results.FILE} holds settings that fastvid never writes ({error}): take out the lines that are "
-                         "not its own") from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # what no checksum and no type rules out
+        raise InputError(
+            f"{folder / results.FILE} holds settings that fastvid never writes ({error}): take out the lines that are "
+            "not its own"
+        ) from error
     for name, content in files.items():
         write_atomic(folder / name, content)
     if not any(name.endswith(".png") for name in files):
@@ -52,7 +61,9 @@ def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
     found, remarks = results.read(folder)
     if not found:
         unreadable = f", only {len(remarks)} unreadable line(s)" if remarks else ""
-        raise InputError(f"{folder / results.FILE} holds no finished result yet{unreadable}: let a run finish, then report again")
+        raise InputError(
+            f"{folder / results.FILE} holds no finished result yet{unreadable}: let a run finish, then report again"
+        )
     for section in table.sections(found):
         _refuse_mixture(folder, section)
     return found, remarks
@@ -61,12 +72,18 @@ def _read(folder: Path) -> tuple[list[RunResult], list[str]]:
 def _refuse_mixture(folder: Path, section: table.Section) -> None:
     """Raises InputError for results that fastvid would not have written into one folder."""
     taught_by = {run.teacher_sha256 for run in section.runs} - {None}
-    trained = {run.weights_sha256 for run in section.runs if run.method == "teacher"}  # maybe with several seeds, of which one taught
-    mixed = {"teachers": taught_by | (trained if taught_by - trained else set()),
-             f"sets of {section.dataset}": {run.data_sha256 for run in section.runs},
-             "versions of fastvid": {str(run.environment.get("fastvid")) for run in section.runs}}
+    trained = {
+        run.weights_sha256 for run in section.runs if run.method == "teacher"
+    }  # maybe with several seeds, of which one taught
+    mixed = {
+        "teachers": taught_by | (trained if taught_by - trained else set()),
+        f"sets of {section.dataset}": {run.data_sha256 for run in section.runs},
+        "versions of fastvid": {str(run.environment.get("fastvid")) for run in section.runs},
+    }
     for what, values in mixed.items():
         if len(values) > 1:
             names = ", ".join(sorted(value[:12] for value in values))
-            raise InputError(f"{folder / results.FILE} holds results of {len(values)} {what} ({names}), which belong into no common table: "
-                             "report each from a folder of its own")
+            raise InputError(
+                f"{folder / results.FILE} holds results of {len(values)} {what} ({names}), which belong into no common table: "
+                "report each from a folder of its own"
+            )

@@ -2,6 +2,7 @@
 
 Finished runs are skipped, so it can be stopped and started again. torchrun shares the grid out over its processes.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,19 +28,28 @@ def reproduce(grid: Grid, config: TrainConfig) -> bool:
     if config.teacher is not None and "teacher" in grid.methods:
         raise InputError("--teacher gives a teacher and --methods asks to train one: leave one of them out")
     students = tuple(method for method in grid.methods if method != "teacher")
-    class_size = int(load_split(config.dataset, config.data, "train", download=config.download).class_sizes().min())
+    class_size = int(
+        load_split(config.dataset, config.data, "train", download=config.download).class_sizes().min()
+    )
     subsets = [images_per_class(fraction, class_size) for fraction in grid.fractions_of(config.dataset)]
     for per_class in subsets:  # what cannot be trained is said now, not after the hours of the teacher
         load_data(dataclasses.replace(config, per_class=per_class).resolved())
 
     ranks = distributed.join()
     config = dataclasses.replace(config, device=ranks.device(config.device))
-    with results.exclusive(results.open_folder(Path(config.out))) if ranks.first else nullcontext():  # for the whole grid
+    with (
+        results.exclusive(results.open_folder(Path(config.out))) if ranks.first else nullcontext()
+    ):  # for the whole grid
         if config.teacher is None and (any(map(method_parts, students)) or "teacher" in grid.methods):
             path = ranks.from_first(train_teacher(config, ranks) if ranks.first else None)
             config = dataclasses.replace(config, teacher=path)
-        groups = [dataclasses.replace(config, method=students, per_class=per_class, seed=seed)  # seeds outermost: one whole table
-                  for seed in range(grid.seeds) for per_class in (subsets if students else ())]  # early, the spread later
+        groups = [
+            dataclasses.replace(
+                config, method=students, per_class=per_class, seed=seed
+            )  # seeds outermost: one whole table
+            for seed in range(grid.seeds)
+            for per_class in (subsets if students else ())
+        ]  # early, the spread later
         for group in ranks.from_first(shares(groups, ranks.world_size, class_size))[ranks.rank]:
             train_group(group, ranks.alone())
         ranks.barrier()
@@ -51,13 +61,19 @@ def train_teacher(config: TrainConfig, ranks: Ranks) -> str:
     config = dataclasses.replace(config, method=("teacher",), per_class=None, seed=0)
     path, (found, _) = resume_file(config).with_suffix(".safetensors"), results.read(Path(config.out))
     taught_by = {run.teacher_sha256 for run in found} - {None}
-    if path.is_file() and taught_by == {sha256_of(path)} and not any(run.method == "teacher" for run in found):
+    if (
+        path.is_file()
+        and taught_by == {sha256_of(path)}
+        and not any(run.method == "teacher" for run in found)
+    ):
         say(f"{path} taught the students of {results.FILE}, which has lost the result of it: taken as it is")
         return str(path)
     (teacher,) = train_group(config, ranks.alone())
     path = Path(config.out) / teacher.weights
     if not path.exists():
-        raise InputError(f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out")
+        raise InputError(
+            f"{path} is gone, though {results.FILE} has its result: put it back, or take another --out"
+        )
     return str(path)
 
 
@@ -84,5 +100,7 @@ def images_per_class(fraction: str, class_size: int) -> int | None:
         return None
     count = round(class_size * float(fraction) / 100)
     if count < 1:
-        raise InputError(f"--fractions {fraction}: {fraction} % of {class_size} images per class is less than one image: take more")
+        raise InputError(
+            f"--fractions {fraction}: {fraction} % of {class_size} images per class is less than one image: take more"
+        )
     return count

@@ -1,4 +1,5 @@
 """What a finished run leaves behind: one JSON line. Imports neither torch nor NumPy."""
+
 from __future__ import annotations
 
 import contextlib
@@ -100,15 +101,21 @@ def open_folder(path: Path) -> Path:
     """Make `path` an output folder, or check that it is one. Raises InputError when it cannot be written or holds other things."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}  # looked at once: another may be starting too
+        names = {
+            entry.name for entry in path.iterdir() if not entry.name.startswith(".")
+        }  # looked at once: another may be starting too
         if names and FILE not in names:
-            raise InputError(f"{path} holds files but no {FILE}, so it is no output folder of fastvid: give --out a new or an empty folder")
+            raise InputError(
+                f"{path} holds files but no {FILE}, so it is no output folder of fastvid: give --out a new or an empty folder"
+            )
         with open(path / FILE, "ab"):
             pass
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"{path}: cannot write there: {error.strerror or error}; choose another --out") from error
+        raise InputError(
+            f"{path}: cannot write there: {error.strerror or error}; choose another --out"
+        ) from error
     return path
 
 
@@ -120,11 +127,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         holder = _holder(folder)
-        raise InputError(f"another fastvid{holder} is at work in {folder}: wait for it, or give another --out") from error
+        raise InputError(
+            f"another fastvid{holder} is at work in {folder}: wait for it, or give another --out"
+        ) from error
     try:
         if lock.lock_counter == 1:
             started = time.strftime("%Y-%m-%d %H:%M:%S")
-            write_atomic(folder / _HOLDER, f"process {os.getpid()} on {platform.node()}, since {started}\n".encode())
+            write_atomic(
+                folder / _HOLDER, f"process {os.getpid()} on {platform.node()}, since {started}\n".encode()
+            )
             remove_leftovers(folder)
         yield
     finally:
@@ -155,9 +166,13 @@ def append(folder: Path, result: RunResult) -> None:
     try:
         with FileLock(folder / ".results.lock"):  # several ranks may share the folder
             before = path.read_bytes() if path.exists() else b""
-            write_atomic(path, before + (b"\n" if before and not before.endswith(b"\n") else b"") + line.encode())
+            write_atomic(
+                path, before + (b"\n" if before and not before.endswith(b"\n") else b"") + line.encode()
+            )
     except OSError as error:
-        raise InputError(f"{path}: cannot write: {error.strerror or error}; see to the folder, then start again") from error
+        raise InputError(
+            f"{path}: cannot write: {error.strerror or error}; see to the folder, then start again"
+        ) from error
 
 
 def read(folder: Path) -> tuple[list[RunResult], list[str]]:

@@ -3,6 +3,7 @@
 OUT/NAME.resume holds everything needed to go on and disappears when the run is done. OUT/NAME.safetensors holds the final
 weights, those of the method (regressors, variances) under `method.`
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -44,15 +45,28 @@ class Run:
     position: steps done.  seconds: of training alone.  history: the learning curve so far.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, teacher: WideResNet | None, teacher_sha256: str | None, device: torch.device,
-                 engine: str = "eager", ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        teacher: WideResNet | None,
+        teacher_sha256: str | None,
+        device: torch.device,
+        engine: str = "eager",
+        ranks: Ranks = ALONE,
+    ):
         (self.method,) = config.method
         self.config, self.data, self.device, self.engine, self.ranks = config, data, device, engine, ranks
         self.teacher_sha256 = teacher_sha256 if config.needs_teacher else None
         self.folder, self.resume_path = Path(config.out), resume_file(config)
         self.learner = self._new_learner(teacher)
         self.position, self.history = 0, []
-        self.origins = [{**{name: environment(device)[name] for name in ("commit", "device", "threads")}, "engine": engine}]
+        self.origins = [
+            {
+                **{name: environment(device)[name] for name in ("commit", "device", "threads")},
+                "engine": engine,
+            }
+        ]
         self.group = [self.method]
         self._floored: set[str] = set()
         self.seconds = self.preparation_seconds = self.evaluation_seconds = self.checkpoint_seconds = 0.0
@@ -81,11 +95,17 @@ class Run:
         preparing = step.preparation_seconds - prepared
         self.preparation_seconds += preparing
         self.evaluation_seconds += time.perf_counter() - started - preparing
-        variances = {tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())] for tap, v in self.learner.method.variances().items()}
+        variances = {
+            tap: [float(f"{x:.4g}") for x in (v.min(), v.median(), v.max())]
+            for tap, v in self.learner.method.variances().items()
+        }
         self.history.append(Evaluation(epoch, accuracy, *losses, variances))
         floored = self.learner.method.variances_at_their_floor()
         if floored.keys() - self._floored:
-            counts = ", ".join(f"{count} of {len(self.learner.method.variances()[tap])} at {tap}" for tap, count in floored.items())
+            counts = ", ".join(
+                f"{count} of {len(self.learner.method.variances()[tap])} at {tap}"
+                for tap, count in floored.items()
+            )
             say(f"{self.method}: variances have come to their floor after epoch {epoch}: {counts}")
         self._floored |= floored.keys()
 
@@ -97,18 +117,30 @@ class Run:
             return
         self._require_finite(self.learner.tensors())
         history = [dataclasses.asdict(point) for point in self.history]
-        checkpoint.save_state(self.resume_path, {
-            "identity": identity(self.config), "data_sha256": self.data.sha256, "teacher_sha256": self.teacher_sha256,
-            "versions": _versions(self.device), "origins": self.origins, "group": self.group,
-            "ranks": self.ranks.world_size, "position": position, "history": history,
-            "learner": {**self.learner.state(), "loss_sums": loss_sums},
-            **{name: getattr(self, name) for name in _CLOCKS}})
+        checkpoint.save_state(
+            self.resume_path,
+            {
+                "identity": identity(self.config),
+                "data_sha256": self.data.sha256,
+                "teacher_sha256": self.teacher_sha256,
+                "versions": _versions(self.device),
+                "origins": self.origins,
+                "group": self.group,
+                "ranks": self.ranks.world_size,
+                "position": position,
+                "history": history,
+                "learner": {**self.learner.state(), "loss_sums": loss_sums},
+                **{name: getattr(self, name) for name in _CLOCKS},
+            },
+        )
         self.checkpoint_seconds += time.perf_counter() - started
 
     def _require_finite(self, tensors: Iterable[Tensor]) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise InputError(f"{self.method} diverged: its weights are not finite after step {self.position:,}; nothing of that was saved: "
-                             "lower its weight or --learning-rate, set --clip-norm, or leave it out")
+            raise InputError(
+                f"{self.method} diverged: its weights are not finite after step {self.position:,}; nothing of that was saved: "
+                "lower its weight or --learning-rate, set --clip-norm, or leave it out"
+            )
 
     def _load(self) -> None:
         state = checkpoint.load_state(self.resume_path)
@@ -118,16 +150,32 @@ class Run:
                 raise TypeError(f"a {type(state).__name__}")
             _require_same(state["identity"], identity(self.config), self.resume_path, remedy)
             for what in ("data", "teacher"):
-                if state[f"{what}_sha256"] != {"data": self.data.sha256, "teacher": self.teacher_sha256}[what]:
+                if (
+                    state[f"{what}_sha256"]
+                    != {"data": self.data.sha256, "teacher": self.teacher_sha256}[what]
+                ):
                     raise InputError(f"{self.resume_path} was made with another {what}: {remedy}")
-            _require_same({"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy)
-            _require_same(state["versions"], _versions(self.device), self.resume_path, "install that version again, or delete the file")
+            _require_same(
+                {"ranks": state["ranks"]}, {"ranks": self.ranks.world_size}, self.resume_path, remedy
+            )
+            _require_same(
+                state["versions"],
+                _versions(self.device),
+                self.resume_path,
+                "install that version again, or delete the file",
+            )
             (now,), self.origins = self.origins, [dict(origin) for origin in state["origins"]]
             before = self.origins[-1]
-            changed = [f"{name} was {before[name]} and is {value}" for name, value in now.items() if before[name] != value]
+            changed = [
+                f"{name} was {before[name]} and is {value}"
+                for name, value in now.items()
+                if before[name] != value
+            ]
             if changed:
                 self.origins.append(now)
-                say(f"{self.method} was begun elsewhere, so other bits may come of it, and its result will say so: {', '.join(changed)}")
+                say(
+                    f"{self.method} was begun elsewhere, so other bits may come of it, and its result will say so: {', '.join(changed)}"
+                )
             self.learner.load_state(state["learner"])
             if not self.ranks.first:  # the sums are those of all ranks
                 self.learner.loss_sums.zero_()
@@ -145,33 +193,73 @@ class Run:
                 raise ValueError(f"step {self.position} of {steps}")
         except InputError:
             raise
-        except (ArithmeticError, AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.resume_path} is no resume state of this version ({error}): delete it") from error
+        except (
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            raise InputError(
+                f"{self.resume_path} is no resume state of this version ({error}): delete it"
+            ) from error
 
     def finish(self, teacher_accuracy: float | None) -> RunResult:
         """Write the final weights and the result, then drop the resume state."""
         config, data, learner, last = self.config, self.data, self.learner, self.history[-1]
         tensors = dict(learner.network.state_dict())
-        tensors |= {checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()}
+        tensors |= {
+            checkpoint.METHOD_PREFIX + name: tensor for name, tensor in learner.method.state_dict().items()
+        }
         self._require_finite(tensors.values())
         weights = self.resume_path.with_suffix(".safetensors")
-        weights_sha256 = checkpoint.save_weights(weights, tensors, {
-            "architecture": f"WRN-{learner.network.depth}-{learner.network.width}", "dataset": config.dataset,
-            "normalisation": {"mean": data.train.mean, "std": data.train.std}, "classes": data.train.class_names,
-            "accuracy": last.accuracy, "evaluated_on": data.evaluated_on, "config": identity(config)})
+        weights_sha256 = checkpoint.save_weights(
+            weights,
+            tensors,
+            {
+                "architecture": f"WRN-{learner.network.depth}-{learner.network.width}",
+                "dataset": config.dataset,
+                "normalisation": {"mean": data.train.mean, "std": data.train.std},
+                "classes": data.train.class_names,
+                "accuracy": last.accuracy,
+                "evaluated_on": data.evaluated_on,
+                "config": identity(config),
+            },
+        )
         result = RunResult(
-            dataset=config.dataset, method=self.method, percent=data.percent, per_class=config.per_class, seed=config.seed,
-            accuracy=last.accuracy, best_accuracy=max(point.accuracy for point in self.history), evaluated_on=data.evaluated_on,
-            train_images=len(data.train), steps=self.position, seconds=self.seconds,
+            dataset=config.dataset,
+            method=self.method,
+            percent=data.percent,
+            per_class=config.per_class,
+            seed=config.seed,
+            accuracy=last.accuracy,
+            best_accuracy=max(point.accuracy for point in self.history),
+            evaluated_on=data.evaluated_on,
+            train_images=len(data.train),
+            steps=self.position,
+            seconds=self.seconds,
             images_per_second=len(data.train) * config.epochs / self.seconds,
-            group=self.group, history=self.history, weights=weights.name, weights_sha256=weights_sha256,
-            data_sha256=data.sha256, teacher_sha256=self.teacher_sha256, teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
+            group=self.group,
+            history=self.history,
+            weights=weights.name,
+            weights_sha256=weights_sha256,
+            data_sha256=data.sha256,
+            teacher_sha256=self.teacher_sha256,
+            teacher_accuracy=teacher_accuracy if self.teacher_sha256 else None,
             config=json.loads(json.dumps(dataclasses.asdict(config))),
             environment={
-                **environment(self.device), **{name: self._origin(name) for name in self.origins[0]},
-                "loader": describe(config.loader), "ranks": self.ranks.world_size},
-            preparation_seconds=self.preparation_seconds, evaluation_seconds=self.evaluation_seconds,
-            checkpoint_seconds=self.checkpoint_seconds, peak_memory=peak_memory(self.device))
+                **environment(self.device),
+                **{name: self._origin(name) for name in self.origins[0]},
+                "loader": describe(config.loader),
+                "ranks": self.ranks.world_size,
+            },
+            preparation_seconds=self.preparation_seconds,
+            evaluation_seconds=self.evaluation_seconds,
+            checkpoint_seconds=self.checkpoint_seconds,
+            peak_memory=peak_memory(self.device),
+        )
         results.append(self.folder, result)
         self.resume_path.unlink(missing_ok=True)
         return result
@@ -188,29 +276,45 @@ def resume_file(config: TrainConfig) -> Path:
     return Path(config.out) / f"{method}-{config.per_class or 'full'}-seed{config.seed}.resume"
 
 
-def find_finished(config: TrainConfig, data: Data, teacher_sha256: str | None, found: list[RunResult]) -> dict[str, RunResult]:
+def find_finished(
+    config: TrainConfig, data: Data, teacher_sha256: str | None, found: list[RunResult]
+) -> dict[str, RunResult]:
     """Those of `found` that are runs of `config`, by method. Raises InputError when any does not belong into one table with them."""
     finished = {}
     teachers = {result.weights_sha256 for result in found if result.method == "teacher"}
     taught_by = {result.teacher_sha256 for result in found} - {None}
     remedy = "give the old teacher or another --out"
     if teacher_sha256 and (taught_by - {teacher_sha256} or teachers and teacher_sha256 not in teachers):
-        raise InputError(f"{config.out} holds results of another teacher (SHA-256 {min(taught_by or teachers)[:12]}, now "
-                         f"{teacher_sha256[:12]}): {remedy}")
+        raise InputError(
+            f"{config.out} holds results of another teacher (SHA-256 {min(taught_by or teachers)[:12]}, now "
+            f"{teacher_sha256[:12]}): {remedy}"
+        )
     if config.method == ("teacher",) and taught_by - teachers:
-        raise InputError(f"{config.out} holds students of a teacher (SHA-256 {min(taught_by - teachers)[:12]}) whose result is not there, "
-                         "so none is trained there: give that one as --teacher, or another --out")
+        raise InputError(
+            f"{config.out} holds students of a teacher (SHA-256 {min(taught_by - teachers)[:12]}) whose result is not there, "
+            "so none is trained there: give that one as --teacher, or another --out"
+        )
     for result in found:
-        same_run = dataclasses.replace(config, method=(result.method,), per_class=result.per_class, seed=result.seed)
-        _require_same(result.config, identity(same_run), f"the {result.method} run in {Path(config.out) / results.FILE}",
-                      "give the old settings or another --out")
+        same_run = dataclasses.replace(
+            config, method=(result.method,), per_class=result.per_class, seed=result.seed
+        )
+        _require_same(
+            result.config,
+            identity(same_run),
+            f"the {result.method} run in {Path(config.out) / results.FILE}",
+            "give the old settings or another --out",
+        )
         version = result.environment.get("fastvid")
         if version != fastvid.__version__:
-            raise InputError(f"{config.out} holds results of fastvid {version}, and this is {fastvid.__version__}: "
-                             "install that version again, or give another --out")
+            raise InputError(
+                f"{config.out} holds results of fastvid {version}, and this is {fastvid.__version__}: "
+                "install that version again, or give another --out"
+            )
         if result.data_sha256 != data.sha256:
-            raise InputError(f"{config.out} holds results of another {config.dataset}, now in {config.data} there is different data: "
-                             "give the old data or another --out")
+            raise InputError(
+                f"{config.out} holds results of another {config.dataset}, now in {config.data} there is different data: "
+                "give the old data or another --out"
+            )
         if (result.per_class, result.seed) == (config.per_class, config.seed):
             finished.setdefault(result.method, result)
     return finished
@@ -229,7 +333,9 @@ def identity(config: TrainConfig) -> dict:
 def _require_same(recorded: dict, wanted: dict, what: object, remedy: str) -> None:
     for name, value in wanted.items():
         if recorded.get(name) != value:
-            raise InputError(f"{what} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}")
+            raise InputError(
+                f"{what} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}"
+            )
 
 
 def _versions(device: torch.device) -> dict:
@@ -242,9 +348,14 @@ def environment(device: torch.device) -> dict:
     """What a number depends on beside the settings."""
     on_gpu = device.type == "cuda"
     return {
-        "fastvid": fastvid.__version__, "commit": _commit(), "python": platform.python_version(), "torch": str(torch.__version__),
-        "numpy": np.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "threads": torch.get_num_threads(), "platform": platform.platform(),
+        "fastvid": fastvid.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
     }
 
 
@@ -260,7 +371,16 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from, marked when files differ from it; None outside a checkout."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+        git = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+            "--match=",
+        ]
         return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

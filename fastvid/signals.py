@@ -2,6 +2,7 @@
 
 Outside of training a signal raises KeyboardInterrupt where the process is; every file that matters is written whole or not at all.
 """
+
 from __future__ import annotations
 
 import os
@@ -89,5 +90,8 @@ def _leave(number: int) -> None:
 
 
 def _end_now() -> None:
-    print("fastvid: the other ranks did not answer: start the same command again, it goes on from the last checkpoint", file=sys.stderr)
+    print(
+        "fastvid: the other ranks did not answer: start the same command again, it goes on from the last checkpoint",
+        file=sys.stderr,
+    )
     os._exit(1)

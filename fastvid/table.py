@@ -4,6 +4,7 @@ The headline is the accuracy of the last epoch: mean ± sample standard deviatio
 Best epochs stand in a table of their own, since they are chosen on the evaluation split. An empty cell is –, never 0.
 Runs of one seed see the same batches, so methods are compared seed by seed: mean difference and its 95 % interval (Student's t).
 """
+
 from __future__ import annotations
 
 import csv
@@ -19,12 +20,33 @@ from fastvid.config import OPTION_GROUPS, PROTOCOLS, Protocol, TrainConfig
 from fastvid.results import RunResult
 
 EMPTY = "–"
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}  # balanced sets, where "per class" of the whole set is one number
+CLASSES = {
+    "cifar10": 10,
+    "cifar100": 100,
+    "digits": 10,
+}  # balanced sets, where "per class" of the whole set is one number
 NAMES = {"teacher": "Teacher", "student": "Student", "kd": "KD", "fitnet": "FitNet", "at": "AT", "vid": "VID"}
 ORDER = (*NAMES, "kd+at", "kd+vid")
 RECIPE = ("learning_rate", "lr_decay", "milestones", "momentum", "weight_decay", "clip_norm")
-CSV_COLUMNS = ("dataset", "evaluated_on", "method", "per_class", "percent", "n", "mean", "sd", "best_mean", "paper", "seed_repository",
-               "epochs", "seconds", "minus_student", "minus_student_95", "minus_at", "minus_at_95")
+CSV_COLUMNS = (
+    "dataset",
+    "evaluated_on",
+    "method",
+    "per_class",
+    "percent",
+    "n",
+    "mean",
+    "sd",
+    "best_mean",
+    "paper",
+    "seed_repository",
+    "epochs",
+    "seconds",
+    "minus_student",
+    "minus_student_95",
+    "minus_at",
+    "minus_at_95",
+)
 COMPARED_WITH = ("student", "at")
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees of freedom
 
@@ -75,7 +97,10 @@ class Section:
         return next((run.teacher_accuracy for run in self.runs if run.teacher_accuracy is not None), None)
 
     def cell(self, method: str, column: RunResult) -> list[RunResult]:
-        return sorted((run for run in self.runs if (run.method, run.per_class) == (method, column.per_class)), key=lambda run: run.seed)
+        return sorted(
+            (run for run in self.runs if (run.method, run.per_class) == (method, column.per_class)),
+            key=lambda run: run.seed,
+        )
 
     def difference(self, method: str, other: str, column: RunResult) -> Difference | None:
         """None where no seed has both, and for the teacher, which does not see their batches."""
@@ -88,7 +113,11 @@ class Section:
         return Difference(mean(found), half_width, len(found))
 
     def name(self, method: str) -> str:
-        network = f" WRN-{self.setting(f'{method}_depth')}-{self.setting(f'{method}_width')}" if method in ("teacher", "student") else ""
+        network = (
+            f" WRN-{self.setting(f'{method}_depth')}-{self.setting(f'{method}_width')}"
+            if method in ("teacher", "student")
+            else ""
+        )
         return short_name(method) + network
 
     def setting(self, name: str) -> str:
@@ -104,10 +133,19 @@ class Section:
 
     def published_fraction(self, column: RunResult) -> int | None:
         """Which of the published columns this is, if any. Published numbers are of the test split and of two networks."""
-        same_networks = all(run.config.get(name) == value for run in self.runs for name, value in PUBLISHED_NETWORKS.items())
+        same_networks = all(
+            run.config.get(name) == value for run in self.runs for name, value in PUBLISHED_NETWORKS.items()
+        )
         if (self.dataset, self.evaluated_on) != ("cifar10", "test") or not same_networks:
             return None
-        return next((fraction for fraction in PUBLISHED_FRACTIONS if math.isclose(column.percent, fraction, rel_tol=0.005)), None)
+        return next(
+            (
+                fraction
+                for fraction in PUBLISHED_FRACTIONS
+                if math.isclose(column.percent, fraction, rel_tol=0.005)
+            ),
+            None,
+        )
 
     def published(self, method: str, column: RunResult) -> tuple[float | None, float | None]:
         """(paper, seed repository)."""
@@ -145,36 +183,59 @@ def sections(found: list[RunResult]) -> list[Section]:
     for run in found:
         grouped.setdefault((run.dataset, run.evaluated_on), {}).setdefault(run.key(), run)
     lines = [(run.dataset, run.evaluated_on) for run in found]
-    return [Section(*title, list(runs.values()), lines.count(title) - len(runs)) for title, runs in sorted(grouped.items())]
+    return [
+        Section(*title, list(runs.values()), lines.count(title) - len(runs))
+        for title, runs in sorted(grouped.items())
+    ]
 
 
 def markdown(section: Section) -> str:
     lines = [f"# {section.dataset}: accuracy on the {section.evaluated_on} split, in percent", ""]
     if section.evaluated_on != "test":
-        warning = (f"**These are {section.evaluated_on.upper()} numbers, NOT test numbers:** measured on the last "
-                   f"{section.setting('validation_per_class')} images per class of each subset, which were kept out of training. "
-                   "They serve to choose settings; compare them with no test accuracy and with no published one.")
+        warning = (
+            f"**These are {section.evaluated_on.upper()} numbers, NOT test numbers:** measured on the last "
+            f"{section.setting('validation_per_class')} images per class of each subset, which were kept out of training. "
+            "They serve to choose settings; compare them with no test accuracy and with no published one."
+        )
         lines += [warning, ""]
-    lines += ["Last epoch: mean ± sample standard deviation over seeds (number of seeds)", "", *_aligned(_last_epoch_rows(section)), ""]
-    lines += [f"Best epoch, mean over seeds: chosen on the {section.evaluated_on} split, therefore no result", "",
-              *_aligned(_best_rows(section)), ""]
+    lines += [
+        "Last epoch: mean ± sample standard deviation over seeds (number of seeds)",
+        "",
+        *_aligned(_last_epoch_rows(section)),
+        "",
+    ]
+    lines += [
+        f"Best epoch, mean over seeds: chosen on the {section.evaluated_on} split, therefore no result",
+        "",
+        *_aligned(_best_rows(section)),
+        "",
+    ]
     if len(paired := _paired_rows(section)) > 1:
-        lines += ["Difference, seed by seed on the same batches: mean ± half of its 95 % interval (number of seeds)", "",
-                  *_aligned(paired), ""]
+        lines += [
+            "Difference, seed by seed on the same batches: mean ± half of its 95 % interval (number of seeds)",
+            "",
+            *_aligned(paired),
+            "",
+        ]
     return "\n".join([*lines, *(f"- {note}" for note in _notes(section))]) + "\n"
 
 
 def _last_epoch_rows(section: Section) -> list[list[str]]:
     header = ["Method"]
     for column in section.columns:
-        header += [column_title(column), *(("paper", "seed repo") if section.published_fraction(column) else ())]
+        header += [
+            column_title(column),
+            *(("paper", "seed repo") if section.published_fraction(column) else ()),
+        ]
     rows = [header]
     for method in section.methods:
         row = [section.name(method)]
         for column in section.columns:
             row.append(_last_epoch(section, method, column))
             if section.published_fraction(column):
-                row += [EMPTY if value is None else f"{value:.2f}" for value in section.published(method, column)]
+                row += [
+                    EMPTY if value is None else f"{value:.2f}" for value in section.published(method, column)
+                ]
         rows.append(row)
     return rows
 
@@ -198,7 +259,12 @@ def _best_rows(section: Section) -> list[list[str]]:
 
 def _paired_rows(section: Section) -> list[list[str]]:
     """Each method, minus the student and minus AT, where they are there."""
-    pairs = [(other, column) for column in section.columns for other in COMPARED_WITH if section.cell(other, column)]
+    pairs = [
+        (other, column)
+        for column in section.columns
+        for other in COMPARED_WITH
+        if section.cell(other, column)
+    ]
     rows = [["Method", *(f"{column_title(column)}, minus {short_name(other)}" for other, column in pairs)]]
     for method in section.methods:
         cells = [section.difference(method, other, column) for other, column in pairs]
@@ -210,7 +276,12 @@ def _paired_rows(section: Section) -> list[list[str]]:
 def _aligned(rows: list[list[str]]) -> list[str]:
     """A Markdown table whose source is as readable as its rendering: it is also printed."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [" | ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        " | ".join(
+            text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
     rule = "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths))
     return [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
 
@@ -232,24 +303,36 @@ def subset_size(column: RunResult) -> str:
 def _notes(section: Section) -> list[str]:
     """What a reader must know before believing the table."""
     seeds = sorted({run.seed for run in section.runs})
-    data = (f"Data set {section.dataset}, {section.evaluated_on} split, {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_listed(seeds)}). "
-            f"The last epoch is the headline. {EMPTY}: not run here, or never published.")
-    protocol = (f"Protocol `{section.setting('protocol')}`: {_lengths(section, section.columns)}; batch {section.setting('batch_size')}; "
-                f"{section.setting('precision')}.{_teacher_length(section)}{_departures(section)}")
+    data = (
+        f"Data set {section.dataset}, {section.evaluated_on} split, {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_listed(seeds)}). "
+        f"The last epoch is the headline. {EMPTY}: not run here, or never published."
+    )
+    protocol = (
+        f"Protocol `{section.setting('protocol')}`: {_lengths(section, section.columns)}; batch {section.setting('batch_size')}; "
+        f"{section.setting('precision')}.{_teacher_length(section)}{_departures(section)}"
+    )
     notes = [data, protocol]
     if section.given_teacher is not None:
-        notes.append(f"{section.name('teacher')} was given, not trained here: "
-                     f"{section.given_teacher:.2f} on the {section.evaluated_on} split.")
+        notes.append(
+            f"{section.name('teacher')} was given, not trained here: "
+            f"{section.given_teacher:.2f} on the {section.evaluated_on} split."
+        )
     notes += _weights(section)
     if any(section.published_fraction(column) for column in section.columns):
         notes.append(_comparison(section))
-    where = _listed(f"{run.environment.get('device')}, torch {run.environment.get('torch')}" for run in section.runs)
-    notes.append(f"Trained on {where}: {_training_seconds(section):,.0f} s in all, without start-up and evaluation.")
+    where = _listed(
+        f"{run.environment.get('device')}, torch {run.environment.get('torch')}" for run in section.runs
+    )
+    notes.append(
+        f"Trained on {where}: {_training_seconds(section):,.0f} s in all, without start-up and evaluation."
+    )
     commits = dict.fromkeys(str(run.environment.get("commit")) for run in section.runs)
     if len(commits) > 1:
         notes.append(f"Trained by several commits of fastvid: {_listed(commits)}.")
     if section.repeats:
-        notes.append(f"{section.repeats} line(s) of {results.FILE} repeat a method, subset and seed: only the first of each counts.")
+        notes.append(
+            f"{section.repeats} line(s) of {results.FILE} repeat a method, subset and seed: only the first of each counts."
+        )
     return notes
 
 
@@ -274,7 +357,11 @@ def _departures(section: Section) -> str:
                 changed.append(f"{_lengths(section, [column])} (protocol: {wanted})")
         if section.setting("batch_size") != str(protocol.batch_size):
             changed.append(f"batch {section.setting('batch_size')} (protocol: {protocol.batch_size})")
-    changed += [f"{name} {section.setting(name)}" for name in RECIPE if section.setting(name) != _listed([defaults[name]])]
+    changed += [
+        f"{name} {section.setting(name)}"
+        for name in RECIPE
+        if section.setting(name) != _listed([defaults[name]])
+    ]
     return f" **Not as the protocol and the defaults say: {', '.join(changed)}.**" if changed else ""
 
 
@@ -295,17 +382,27 @@ def _weights(section: Section) -> list[str]:
 
 
 def _options(options: dict) -> str:
-    shown = {name: value for name, value in options.items() if name != "hint_share" or options.get("schedule") != "joint"}
+    shown = {
+        name: value
+        for name, value in options.items()
+        if name != "hint_share" or options.get("schedule") != "joint"
+    }
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _comparison(section: Section) -> str:
     """Where the published columns come from, and whether they can be compared with ours."""
     seed = PROTOCOLS["seed"]
-    text = (f"paper: Ahn et al., CVPR 2019, number of epochs unknown. seed repo: its newest README, mean of 3 runs, protocol `seed`: "
-            f"{seed.full_epochs} epochs on 100 %, {seed.reduced_epochs} on less, batch {seed.batch_size}. ")
+    text = (
+        f"paper: Ahn et al., CVPR 2019, number of epochs unknown. seed repo: its newest README, mean of 3 runs, protocol `seed`: "
+        f"{seed.full_epochs} epochs on 100 %, {seed.reduced_epochs} on less, batch {seed.batch_size}. "
+    )
     shared = [column for column in section.columns if section.published_fraction(column)]
-    other = [column for column in shared if section.epochs(column) != _epochs_of(seed, section.followers(column)[0])]
+    other = [
+        column
+        for column in shared
+        if section.epochs(column) != _epochs_of(seed, section.followers(column)[0])
+    ]
     batch = section.setting("batch_size")
     if other or batch != str(seed.batch_size):
         return f"{text}**Ours is not comparable with either: {_lengths(section, other or shared)}, batch {batch}.**"
@@ -323,7 +420,9 @@ def _training_seconds(section: Section) -> float:
 
 def _listed(values: Iterable[object], between: str = ", ") -> str:
     """Each different value once; more than one is a sign of results put together by hand."""
-    texts = ("/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for value in values)
+    texts = (
+        "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value) for value in values
+    )
     return between.join(dict.fromkeys(texts))
 
 
@@ -338,11 +437,23 @@ def as_csv(sections: list[Section]) -> str:
                 if runs := section.cell(method, column):
                     accuracies = [run.accuracy for run in runs]
                     spread = f"{stdev(accuracies):.4f}" if len(runs) > 1 else None
-                    writer.writerow((
-                        section.dataset, section.evaluated_on, method, column.per_class, f"{column.percent:.6g}", len(runs),
-                        f"{mean(accuracies):.4f}", spread, f"{mean(run.best_accuracy for run in runs):.4f}",
-                        *section.published(method, column), _listed((run.config.get("epochs") for run in runs), between=" "),
-                        f"{sum(run.seconds for run in runs):.1f}", *_paired_values(section, method, column)))
+                    writer.writerow(
+                        (
+                            section.dataset,
+                            section.evaluated_on,
+                            method,
+                            column.per_class,
+                            f"{column.percent:.6g}",
+                            len(runs),
+                            f"{mean(accuracies):.4f}",
+                            spread,
+                            f"{mean(run.best_accuracy for run in runs):.4f}",
+                            *section.published(method, column),
+                            _listed((run.config.get("epochs") for run in runs), between=" "),
+                            f"{sum(run.seconds for run in runs):.1f}",
+                            *_paired_values(section, method, column),
+                        )
+                    )
     return text.getvalue()
 
 

@@ -3,6 +3,7 @@
 The teacher sees each batch once for all students. The headline is the accuracy of the last epoch. The seconds reported are
 those of training alone: start-up, evaluation and checkpoints are outside.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -34,7 +35,9 @@ from fastvid.wresnet import WideResNet
 __all__ = ["TrainConfig", "train"]
 
 EVAL_BATCH = 500
-load_split = lru_cache(maxsize=2)(datasets.load)  # a grid trains many groups on the two splits of one data set
+load_split = lru_cache(maxsize=2)(
+    datasets.load
+)  # a grid trains many groups on the two splits of one data set
 
 
 def train(config: TrainConfig) -> list[RunResult]:
@@ -71,24 +74,43 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
             say(f"{summary(finished[name])}; finished before")
             weights = out / finished[name].weights
             if not weights.is_file() or checkpoint.sha256_of(weights) != finished[name].weights_sha256:
-                remedy = "put them back" if name == "teacher" else f"to make them again, take its line out of {results.FILE}"
-                say(f"{weights} {'are not what they were' if weights.is_file() else 'are gone'}: the result stands; {remedy}")
+                remedy = (
+                    "put them back"
+                    if name == "teacher"
+                    else f"to make them again, take its line out of {results.FILE}"
+                )
+                say(
+                    f"{weights} {'are not what they were' if weights.is_file() else 'are gone'}: the result stands; {remedy}"
+                )
             if ranks.first:
-                resume_file(dataclasses.replace(config, method=(name,))).unlink(missing_ok=True)  # of a start that ended just before this
+                resume_file(dataclasses.replace(config, method=(name,))).unlink(
+                    missing_ok=True
+                )  # of a start that ended just before this
     waiting = [dataclasses.replace(config, method=(name,)) for name in config.method if name not in finished]
 
     runs = [Run(one, data, teacher, teacher_sha256, device, engine, ranks) for one in waiting]
     seen = [(run.method, run.position) for run in runs]
     if ranks.any(seen != ranks.from_first(seen)):  # asked by all, so the first one writes when all have read
-        raise InputError(f"the ranks see different files in {out}: give an --out on a file system that all of them see")
-    same_teacher = (r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == "test")
+        raise InputError(
+            f"the ranks see different files in {out}: give an --out on a file system that all of them see"
+        )
+    same_teacher = (
+        r.teacher_accuracy for r in found if r.teacher_sha256 == teacher_sha256 and r.evaluated_on == "test"
+    )
     known = next(same_teacher, None) if data.evaluated_on == "test" else None
-    for position in sorted({run.position for run in runs}):  # one group, unless a method joins interrupted ones
+    for position in sorted(
+        {run.position for run in runs}
+    ):  # one group, unless a method joins interrupted ones
         group = [run for run in runs if run.position == position]
         train_side_by_side(group, config, data, teacher, device, engine, ranks)
         if ranks.first:
             if teacher is not None and known is None:
-                known = evaluate(teacher.to(device), EvalLoader(data.evaluation, EVAL_BATCH, device=device), device, config.precision)
+                known = evaluate(
+                    teacher.to(device),
+                    EvalLoader(data.evaluation, EVAL_BATCH, device=device),
+                    device,
+                    config.precision,
+                )
             for run in group:
                 finished[run.method] = run.finish(known)
                 say(summary(finished[run.method]))
@@ -96,10 +118,19 @@ def train_group(request: TrainConfig, ranks: Ranks = ALONE) -> list[RunResult]:
     return [finished[name] for name in config.method]
 
 
-def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teacher: WideResNet | None, device: torch.device,
-                       engine: str, ranks: Ranks) -> None:
+def train_side_by_side(
+    group: list[Run],
+    config: TrainConfig,
+    data: Data,
+    teacher: WideResNet | None,
+    device: torch.device,
+    engine: str,
+    ranks: Ranks,
+) -> None:
     """The protocol: shuffled, augmented batches, steps at a falling learning rate, evaluations, until the last epoch."""
-    plan = BatchPlan(len(data.train), config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size)
+    plan = BatchPlan(
+        len(data.train), config.batch_size, seed=config.seed, rank=ranks.rank, world_size=ranks.world_size
+    )
     loader = train_loader(data.train, plan, backend=config.loader, device=device)
     test = EvalLoader(data.evaluation, EVAL_BATCH, device=device)
     reset_peak_memory(device)
@@ -111,10 +142,19 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
     images_done = epoch * len(data.train) + first_step * config.batch_size
     title = f"{', '.join(run.method for run in group)} | {data.percent:.3g} % of {config.dataset}, seed {config.seed}"
 
-    say(f"{title}: batches by {describe(config.loader)}, engine {engine}" + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else ""))
-    with signals.stop_on_signal(ranks.world_size > 1) as stop, naming_what_does_not_fit(group, config, device), \
-            distributed.noticing_loss(ranks), ExitStack() as stack:
-        step = GroupStep(teacher, [run.learner for run in group], device, config.precision, engine, ranks, plan.size(0))
+    say(
+        f"{title}: batches by {describe(config.loader)}, engine {engine}"
+        + (f", {ranks.world_size} ranks" if ranks.world_size > 1 else "")
+    )
+    with (
+        signals.stop_on_signal(ranks.world_size > 1) as stop,
+        naming_what_does_not_fit(group, config, device),
+        distributed.noticing_loss(ranks),
+        ExitStack() as stack,
+    ):
+        step = GroupStep(
+            teacher, [run.learner for run in group], device, config.precision, engine, ranks, plan.size(0)
+        )
         if config.profile and done < steps:
             with signals.leaving_at_once():
                 say(profile(step, loader, epoch, Path(config.out) if ranks.first else None))
@@ -150,14 +190,23 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
             for batch in loader.epoch(epoch, first_step):
                 images = plan.global_size(done % plan.steps_per_epoch)
                 try:
-                    step(*batch, learning_rate(config, done / steps), ranks.world_size * len(batch.labels) / images)
-                except (KeyboardInterrupt, InputError):  # while it was prepared, which can take minutes; or a compiler got the signal
+                    step(
+                        *batch,
+                        learning_rate(config, done / steps),
+                        ranks.world_size * len(batch.labels) / images,
+                    )
+                except (
+                    KeyboardInterrupt,
+                    InputError,
+                ):  # while it was prepared, which can take minutes; or a compiler got the signal
                     if stop:
                         break  # the step is not made
                     raise
                 done += 1
                 bar.advance(images)
-                if on_cpu or done % ranks.steps_between_questions == 0:  # the same on all ranks, as what follows
+                if (
+                    on_cpu or done % ranks.steps_between_questions == 0
+                ):  # the same on all ranks, as what follows
                     failed = on_cpu and any(run.learner.has_failed() for run in group)
                     if ranks.any(bool(stop) or is_overdue() or failed):
                         break
@@ -186,7 +235,9 @@ def train_side_by_side(group: list[Run], config: TrainConfig, data: Data, teache
             raise Interrupted(said if ranks.first else "", stop.number or signal.SIGTERM)
 
 
-def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLoader, plan: BatchPlan, done: int, ranks: Ranks) -> None:
+def refuse_what_is_not_finite(
+    group: list[Run], step: GroupStep, loader: TrainLoader, plan: BatchPlan, done: int, ranks: Ranks
+) -> None:
     """Raises InputError when a step of this start had losses or gradients that are not finite. The other students are saved."""
     failed = [run for run in group if ranks.any(run.learner.has_failed())]
     if not failed:
@@ -197,16 +248,25 @@ def refuse_what_is_not_finite(group: list[Run], step: GroupStep, loader: TrainLo
     run = failed[0]
     task, transfer = ranks.sum(run.learner.loss_sums).tolist()
     if ranks.any(run.learner.scale_is_lost()):
-        raise InputError(f"{run.method} diverged before step {done + 1:,}: its gradients in fp16 are not finite at any scale of the loss; "
-                         "the weights stayed as they were: take --precision bf16, or lower its weight or --learning-rate")
+        raise InputError(
+            f"{run.method} diverged before step {done + 1:,}: its gradients in fp16 are not finite at any scale of the loss; "
+            "the weights stayed as they were: take --precision bf16, or lower its weight or --learning-rate"
+        )
     if not ranks.any(run.learner.failed_steps() > 0):
-        raise InputError(f"{run.method} diverged by step {done:,}: the losses of its epoch add up to {task} for the labels and {transfer} "
-                         "for the transfer; nothing of that was saved: lower its weight or --learning-rate")
+        raise InputError(
+            f"{run.method} diverged by step {done:,}: the losses of its epoch add up to {task} for the labels and {transfer} "
+            "for the transfer; nothing of that was saved: lower its weight or --learning-rate"
+        )
     good = done - run.learner.failed_steps()
     batch = next(iter(loader.epoch(*divmod(good, plan.steps_per_epoch))))
-    reason = step.explain_failure(run.learner, *batch) or "a loss or gradient was not finite, though not when this was tried again"
-    raise InputError(f"{run.method} diverged in step {good + 1:,}: {reason}; nothing of that was saved, earlier states are as they were: "
-                     "lower its weight or --learning-rate, set --clip-norm, or leave it out")
+    reason = (
+        step.explain_failure(run.learner, *batch)
+        or "a loss or gradient was not finite, though not when this was tried again"
+    )
+    raise InputError(
+        f"{run.method} diverged in step {good + 1:,}: {reason}; nothing of that was saved, earlier states are as they were: "
+        "lower its weight or --learning-rate, set --clip-norm, or leave it out"
+    )
 
 
 @contextmanager
@@ -220,12 +280,15 @@ def naming_what_does_not_fit(group: list[Run], config: TrainConfig, device: torc
         raise InputError(
             f"out of memory: a batch of {config.batch_size} in {config.precision} for {', '.join(run.method for run in group)} does not "
             f"fit on {device} (peak {(peak_memory(device) or 0) / 2**20:,.0f} MiB): set a smaller --batch-size or train fewer methods at "
-            f"once; what was saved in {config.out} is untouched") from error
+            f"once; what was saved in {config.out} is untouched"
+        ) from error
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
     """At this share of the training: the base rate, times lr_decay for each milestone reached."""
-    return config.learning_rate * config.lr_decay ** sum(progress >= milestone for milestone in config.milestones)
+    return config.learning_rate * config.lr_decay ** sum(
+        progress >= milestone for milestone in config.milestones
+    )
 
 
 def is_evaluated(epoch: int, config: TrainConfig) -> bool:
@@ -245,10 +308,14 @@ def load_data(config: TrainConfig) -> Data:
         evaluation = load_split(config.dataset, config.data, "test")
         sha256 = hashlib.sha256(f"{sha256} {evaluation.sha256()}".encode()).hexdigest()
     if config.per_class and percent == 100:
-        raise InputError(f"--per-class {config.per_class} is the whole training split of {config.dataset}: leave it out")
+        raise InputError(
+            f"--per-class {config.per_class} is the whole training split of {config.dataset}: leave it out"
+        )
     if config.batch_size > len(subset):
-        raise InputError(f"a batch of {config.batch_size} is larger than the training subset of {len(subset)} images: "
-                         f"set --batch-size {len(subset)} or less, or take more images per class")
+        raise InputError(
+            f"a batch of {config.batch_size} is larger than the training subset of {len(subset)} images: "
+            f"set --batch-size {len(subset)} or less, or take more images per class"
+        )
     return Data(subset, evaluation, "validation" if config.validation_per_class else "test", percent, sha256)
 
 
@@ -257,27 +324,40 @@ def load_teacher(config: TrainConfig, arrays: datasets.Arrays) -> tuple[WideResN
     if not config.needs_teacher:
         return None, None
     if config.teacher is None:
-        raise InputError(f"--method {','.join(config.method)} needs a teacher: add --teacher FILE, or make one with --method teacher")
+        raise InputError(
+            f"--method {','.join(config.method)} needs a teacher: add --teacher FILE, or make one with --method teacher"
+        )
     weights = checkpoint.load_weights(config.teacher)
-    teacher = checkpoint.build_network(weights, config.teacher_depth, config.teacher_width, len(arrays.class_names))
+    teacher = checkpoint.build_network(
+        weights, config.teacher_depth, config.teacher_width, len(arrays.class_names)
+    )
     if not weights.verified:
         say(f"{config.teacher} carries no checksum of fastvid: unverified, its SHA-256 is {weights.sha256}")
-    ours = {"normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)}, "classes": list(arrays.class_names)}
+    ours = {
+        "normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)},
+        "classes": list(arrays.class_names),
+    }
     for name, value in ours.items():  # weights of other programs do not say
         found = weights.metadata.get(name, value)
         if found != value:
-            raise InputError(f"{config.teacher} was trained with other {name} ({found}) than {config.dataset} has: "
-                             "take a teacher of this data set")
+            raise InputError(
+                f"{config.teacher} was trained with other {name} ({found}) than {config.dataset} has: "
+                "take a teacher of this data set"
+            )
     return teacher, weights.sha256
 
 
 def summary(result: RunResult) -> str:
     """One line about a finished run."""
-    text = (f"{result.method} | {result.percent:.3g} % of {result.dataset}, seed {result.seed}: {result.accuracy:.2f} % on "
-            f"{result.evaluated_on} after the last epoch (best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training")
+    text = (
+        f"{result.method} | {result.percent:.3g} % of {result.dataset}, seed {result.seed}: {result.accuracy:.2f} % on "
+        f"{result.evaluated_on} after the last epoch (best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training"
+    )
     if result.preparation_seconds is not None:
         text += f" beside {result.preparation_seconds:,.0f} s of warm-up and {result.evaluation_seconds:,.0f} s of evaluation"
     if result.peak_memory:
         text += f", peak memory {result.peak_memory / 2**20:,.0f} MiB"
-    variances = "; ".join(f"{tap} {low:.3g} to {high:.3g}" for tap, (low, _, high) in result.history[-1].variances.items())
+    variances = "; ".join(
+        f"{tap} {low:.3g} to {high:.3g}" for tap, (low, _, high) in result.history[-1].variances.items()
+    )
     return f"{text}; variances {variances}" if variances else text

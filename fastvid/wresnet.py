@@ -3,6 +3,7 @@
 Zagoruyko and Komodakis 2016, CIFAR form, pre-activation, no dropout. State-dict names are those of the public checkpoints
 (WideResNet-pytorch, RepDistiller), so these load directly.
 """
+
 from __future__ import annotations
 
 import copy
@@ -47,7 +48,9 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"no Wide ResNet has depth {depth}: choose 6n + 4, such as 10, 16, 22, 28 or 40")
         if width < 1 or num_classes < 1:
-            raise InputError(f"a Wide ResNet needs a width and a number of classes of 1 or more, got {width} and {num_classes}")
+            raise InputError(
+                f"a Wide ResNet needs a width and a number of classes of 1 or more, got {width} and {num_classes}"
+            )
         self.depth, self.width, self.num_classes = depth, width, num_classes
         stem, *groups = self.tap_channels = channels(width)
         blocks = (depth - 4) // 6
@@ -65,9 +68,14 @@ class WideResNet(nn.Module):
         group2, group1_activated = self.block2(group1)
         group3, group2_activated = self.block3(group2)
         group3_activated = F.relu(self.bn1(group3), inplace=True)
-        logits = self.fc(F.avg_pool2d(group3_activated, group3_activated.shape[-2:]).flatten(1))  # not mean(): its gradient is NCHW
+        logits = self.fc(
+            F.avg_pool2d(group3_activated, group3_activated.shape[-2:]).flatten(1)
+        )  # not mean(): its gradient is NCHW
         return Activations(
-            (stem, group1, group2, group3), (stem_activated, group1_activated, group2_activated, group3_activated), logits)
+            (stem, group1, group2, group3),
+            (stem_activated, group1_activated, group2_activated, group3_activated),
+            logits,
+        )
 
 
 def frozen(network: WideResNet, dtype: torch.dtype) -> WideResNet:
@@ -91,8 +99,12 @@ class _Group(nn.Module):
 
     def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.layer = nn.Sequential(*(
-            _Block(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1) for i in range(blocks)))
+        self.layer = nn.Sequential(
+            *(
+                _Block(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1)
+                for i in range(blocks)
+            )
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, *others = self.layer

@@ -9,16 +9,27 @@ rounded up to a power of two, at most 32,768: 32 channels at 32 x 32), it is rea
 gradient, in which the student's map is read four times and the teacher's three, (5·Cs + 3·Ct) in all, mostly from the L2.
 A gradient of the teacher's map, and any in fp16, is a pass of its own over both maps.
 """
+
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import (
+    OPTIONS,
+    first_derivative_only,
+    jit,
+    one_pass,
+    power_of_two,
+    save,
+    saved,
+    scale,
+    tl,
+)
 from torch import Tensor
 
 _IN_REGISTERS = 32768  # elements of a student map: 64 a thread at 16 warps
-_TILE = 16384          # elements of any other tile
-_POSITIONS = 1024      # of one tile of a larger map
+_TILE = 16384  # elements of any other tile
+_POSITIONS = 1024  # of one tile of a larger map
 
 
 @jit
@@ -49,14 +60,19 @@ def _norm(squares):
 
 @jit
 def _attention_kernel(
-    student_ptr,   # [B, P, Cs]: a channels-last map seen as rows of channels
-    teacher_ptr,   # [B, P, Ct]
+    student_ptr,  # [B, P, Cs]: a channels-last map seen as rows of channels
+    teacher_ptr,  # [B, P, Ct]
     upstream_ptr,  # scalar fp32, or None: 1
-    loss_ptr,      # [B] fp32, each image's share of the loss; or None
+    loss_ptr,  # [B] fp32, each image's share of the loss; or None
     gradient_ptr,  # [B, P, Cs], every element written exactly once; or None
-    positions, inverse_count,
-    STUDENT_CHANNELS: tl.constexpr, TEACHER_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
-    STUDENT_BLOCK: tl.constexpr, TEACHER_BLOCK: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    positions,
+    inverse_count,
+    STUDENT_CHANNELS: tl.constexpr,
+    TEACHER_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    STUDENT_BLOCK: tl.constexpr,
+    TEACHER_BLOCK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     """One program does one image. Squares are taken in fp32: in fp16 they overflow from 256."""
     image = tl.program_id(0).to(tl.int64)
@@ -87,8 +103,12 @@ def _attention_kernel(
         teacher_squares = tl.zeros([BLOCK_POSITIONS], tl.float32)
         for first in range(0, positions, BLOCK_POSITIONS):
             left, start = positions - first, tl.cast(first, tl.int64)
-            student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK)
-            teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK)
+            student = _attention(
+                student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK
+            )
+            teacher = _attention(
+                teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK
+            )
             student_squares += student * student
             teacher_squares += teacher * teacher
         student_norm, teacher_norm = _norm(tl.sum(student_squares)), _norm(tl.sum(teacher_squares))
@@ -96,8 +116,18 @@ def _attention_kernel(
         products = tl.zeros([BLOCK_POSITIONS], tl.float32)
         for first in range(0, positions, BLOCK_POSITIONS):
             left, start = positions - first, tl.cast(first, tl.int64)
-            student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
-            teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+            student = (
+                _attention(
+                    student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK
+                )
+                / student_norm
+            )
+            teacher = (
+                _attention(
+                    teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK
+                )
+                / teacher_norm
+            )
             difference = student - teacher
             distances += difference * difference
             products += difference * student
@@ -106,14 +136,34 @@ def _attention_kernel(
             along = tl.where(student_norm > 1e-12, along, along * 0.0)
             for first in range(0, positions, BLOCK_POSITIONS):
                 left, start = positions - first, tl.cast(first, tl.int64)
-                student = _attention(student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK) / student_norm
-                teacher = _attention(teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK) / teacher_norm
+                student = (
+                    _attention(
+                        student_ptr + start * STUDENT_CHANNELS, offs_p, left, STUDENT_CHANNELS, STUDENT_BLOCK
+                    )
+                    / student_norm
+                )
+                teacher = (
+                    _attention(
+                        teacher_ptr + start * TEACHER_CHANNELS, offs_p, left, TEACHER_CHANNELS, TEACHER_BLOCK
+                    )
+                    / teacher_norm
+                )
                 difference = student - teacher
                 coefficient = slope * ((difference - student * along) / student_norm)
                 for channel in range(0, STUDENT_CHANNELS, STUDENT_BLOCK):
                     offs, mask, values = _tile(
-                        student_ptr + start * STUDENT_CHANNELS, offs_p, left, channel, STUDENT_CHANNELS, STUDENT_BLOCK)
-                    tl.store(gradient_ptr + start * STUDENT_CHANNELS + offs, coefficient[:, None] * values, mask=mask)
+                        student_ptr + start * STUDENT_CHANNELS,
+                        offs_p,
+                        left,
+                        channel,
+                        STUDENT_CHANNELS,
+                        STUDENT_BLOCK,
+                    )
+                    tl.store(
+                        gradient_ptr + start * STUDENT_CHANNELS + offs,
+                        coefficient[:, None] * values,
+                        mask=mask,
+                    )
     if loss_ptr is not None:
         tl.store(loss_ptr + image, distance * inverse_count)
 
@@ -129,7 +179,9 @@ def _constants(student_channels: int, teacher_channels: int, positions: int) -> 
     # A program has a multiprocessor to itself: 128 images on 132 of them. 32 values a thread keep its loads in flight.
     tile = max(block_positions * student_block, _TILE // 4)
     return {
-        "BLOCK_POSITIONS": block_positions, "STUDENT_BLOCK": student_block, "IN_REGISTERS": in_registers,
+        "BLOCK_POSITIONS": block_positions,
+        "STUDENT_BLOCK": student_block,
+        "IN_REGISTERS": in_registers,
         "TEACHER_BLOCK": max(1, min(power_of_two(teacher_channels), _TILE // block_positions)),
         "num_warps": 16 if tile > 8192 else 8 if tile > 4096 else 4,
     }
@@ -143,13 +195,25 @@ def _launch(student, teacher, upstream, factor, *, with_loss, with_gradient):
     if student.numel():
         with torch.cuda.device_of(student):
             _attention_kernel[(images,)](
-                student, teacher, upstream, loss, gradient, positions, factor / (images * positions), STUDENT_CHANNELS=channels,
-                TEACHER_CHANNELS=teacher.shape[1], **_constants(channels, teacher.shape[1], positions), **OPTIONS)
+                student,
+                teacher,
+                upstream,
+                loss,
+                gradient,
+                positions,
+                factor / (images * positions),
+                STUDENT_CHANNELS=channels,
+                TEACHER_CHANNELS=teacher.shape[1],
+                **_constants(channels, teacher.shape[1], positions),
+                **OPTIONS,
+            )
     return loss, gradient
 
 
 @torch.library.custom_op("fastvid::attention_transfer", mutates_args=())
-def _attention_transfer(student: Tensor, teacher: Tensor, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_transfer(
+    student: Tensor, teacher: Tensor, factor: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     loss, gradient = _launch(student, teacher, None, factor, with_loss=True, with_gradient=with_gradient)
     total = loss.sum() if student.numel() else loss.new_full((), float("nan"))  # the mean of nothing
     return total, student.new_empty(0) if gradient is None else gradient, loss.new_empty(0)
@@ -186,7 +250,9 @@ def _backward(ctx, upstream, *_):
 _attention_transfer.register_autograd(_backward, setup_context=save)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, *, factor: float = 1.0, impl: str = "auto") -> Tensor:
+def attention_transfer(
+    student: Tensor, teacher: Tensor, *, factor: float = 1.0, impl: str = "auto"
+) -> Tensor:
     """Mean squared difference of two attention maps, over images and positions.
 
     student: [B, Cs, H, W], teacher: [B, Ct, H, W], any floating dtype; the channel counts may differ.

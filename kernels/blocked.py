@@ -5,6 +5,7 @@
 A plain expression writes each fp32 intermediate to memory, four times the bytes of a bf16 map, and allocates it anew. Here
 forward and backward read the maps as they are.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -18,9 +19,18 @@ _BLOCK = 262144  # elements for each thread: 1 MB in fp32. Smaller ones pay more
 
 def fits(*maps: Tensor) -> bool:
     """Whether blocks serve these maps: channels-last, on a CPU, single or half precision, and neither compiled nor transformed."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and all(
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last) and not x.is_inference() and not checks.transformed(x) for x in maps)
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not x.is_inference()
+            and not checks.transformed(x)
+            for x in maps
+        )
+    )
 
 
 def squared_residuals(mean: Tensor, target: Tensor) -> Tensor:
@@ -45,10 +55,14 @@ class _SquaredResiduals(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
         mean, target = ctx.saved_tensors
-        if torch.is_grad_enabled() or checks.transformed(upstream):  # create_graph, or several upstream gradients at once
+        if torch.is_grad_enabled() or checks.transformed(
+            upstream
+        ):  # create_graph, or several upstream gradients at once
             gradient = 2 * upstream.view(-1, 1, 1) * (mean.float() - target.float())
             return gradient.to(mean.dtype), -gradient.to(target.dtype)
-        gradients = [torch.empty_like(x) if needed else None for x, needed in zip((mean, target), ctx.needs_input_grad)]
+        gradients = [
+            torch.empty_like(x) if needed else None for x, needed in zip((mean, target), ctx.needs_input_grad)
+        ]
         for residual, scratch, rows in _residuals(mean, target):
             torch.mul(residual, 2 * upstream, out=scratch)
             if gradients[0] is not None:
@@ -62,14 +76,16 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features: Tensor) -> Tensor:
         ctx.save_for_backward(features)
-        energies = features.new_empty(features.shape[0], features.shape[2] * features.shape[3], dtype=torch.float32)
+        energies = features.new_empty(
+            features.shape[0], features.shape[2] * features.shape[3], dtype=torch.float32
+        )
         for values, scratch, rows in _blocks(features):
             torch.mean(torch.mul(values, values, out=scratch), dim=1, out=energies.view(-1)[rows])
         return energies
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
-        features, = ctx.saved_tensors
+        (features,) = ctx.saved_tensors
         if torch.is_grad_enabled() or checks.transformed(upstream):
             slope = (2 / features.shape[1]) * upstream.view(features.shape[0], 1, *features.shape[2:])
             return (slope * features.float()).to(features.dtype)
@@ -91,7 +107,7 @@ def _blocks(features: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
     values, scratch = rows.new_empty(2, min(size, len(rows)), rows.shape[1], dtype=torch.float32)
     for first in range(0, len(rows), size):
         count = min(size, len(rows) - first)
-        yield values[:count].copy_(rows[first:first + count]), scratch[:count], slice(first, first + count)
+        yield values[:count].copy_(rows[first : first + count]), scratch[:count], slice(first, first + count)
 
 
 def _residuals(mean: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:

@@ -7,15 +7,27 @@
 K classes. One pass reads both logits and writes the gradient: 3·B·K·itemsize bytes. At 128 x 10 that is nothing: it is the number
 of launches that counts, two instead of about twenty. Without a gradient: 2·B·K. A gradient of the teacher's logits is a pass of its own.
 """
+
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import (
+    OPTIONS,
+    cdiv,
+    first_derivative_only,
+    jit,
+    one_pass,
+    power_of_two,
+    save,
+    saved,
+    scale,
+    tl,
+)
 from torch import Tensor
 
 _MOST_CLASSES = 32768  # a row is kept in the registers of one program
-_TILE = 2048           # logits of one program, unless a row is longer: 128 images of 10 classes, so that one launch does it all
+_TILE = 2048  # logits of one program, unless a row is longer: 128 images of 10 classes, so that one launch does it all
 
 
 @jit
@@ -28,13 +40,20 @@ def _log_softmax(logits, mask, temperature):
 
 @jit
 def _softened_kl_kernel(
-    student_ptr,   # [B, K], rows `student_stride` apart
-    teacher_ptr,   # [B, K], rows `teacher_stride` apart
+    student_ptr,  # [B, K], rows `student_stride` apart
+    teacher_ptr,  # [B, K], rows `teacher_stride` apart
     upstream_ptr,  # scalar fp32, or None: 1
-    loss_ptr,      # [programs] fp32, each program's share of the loss; or None
+    loss_ptr,  # [programs] fp32, each program's share of the loss; or None
     gradient_ptr,  # [B, K] dense, every element written exactly once; or None
-    images, student_stride, teacher_stride, temperature, inverse_images,
-    CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, OF_TEACHER: tl.constexpr,
+    images,
+    student_stride,
+    teacher_stride,
+    temperature,
+    inverse_images,
+    CLASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    OF_TEACHER: tl.constexpr,
 ):
     """One program does BLOCK_ROWS images; the gradient is the student's, or with OF_TEACHER the teacher's."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -72,15 +91,33 @@ def _launch(student, teacher, upstream, temperature, factor, *, with_loss, with_
     if student.numel():
         with torch.cuda.device_of(student):
             _softened_kl_kernel[(programs,)](
-                student, teacher, upstream, loss, gradient, images, student.stride(0), teacher.stride(0), temperature, factor / images,
-                CLASSES=classes, BLOCK_ROWS=block_rows, BLOCK_CLASSES=block_classes, OF_TEACHER=of_teacher,
-                num_warps=min(16, max(4, block_classes // 512)), **OPTIONS)
+                student,
+                teacher,
+                upstream,
+                loss,
+                gradient,
+                images,
+                student.stride(0),
+                teacher.stride(0),
+                temperature,
+                factor / images,
+                CLASSES=classes,
+                BLOCK_ROWS=block_rows,
+                BLOCK_CLASSES=block_classes,
+                OF_TEACHER=of_teacher,
+                num_warps=min(16, max(4, block_classes // 512)),
+                **OPTIONS,
+            )
     return loss, gradient
 
 
 @torch.library.custom_op("fastvid::softened_kl", mutates_args=())
-def _softened_kl(student: Tensor, teacher: Tensor, temperature: float, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, gradient = _launch(student, teacher, None, temperature, factor, with_loss=True, with_gradient=with_gradient)
+def _softened_kl(
+    student: Tensor, teacher: Tensor, temperature: float, factor: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, gradient = _launch(
+        student, teacher, None, temperature, factor, with_loss=True, with_gradient=with_gradient
+    )
     if not student.numel():
         total = loss.new_full((), float("nan"))  # the mean of nothing
     else:
@@ -95,9 +132,19 @@ def _(student, teacher, temperature, factor, with_gradient):
 
 
 @torch.library.custom_op("fastvid::softened_kl_gradient", mutates_args=())
-def _softened_kl_gradient(upstream: Tensor, student: Tensor, teacher: Tensor, temperature: float, factor: float,
-                          of_teacher: bool) -> Tensor:
-    return _launch(student, teacher, upstream, temperature, factor, with_loss=False, with_gradient=True, of_teacher=of_teacher)[1]
+def _softened_kl_gradient(
+    upstream: Tensor, student: Tensor, teacher: Tensor, temperature: float, factor: float, of_teacher: bool
+) -> Tensor:
+    return _launch(
+        student,
+        teacher,
+        upstream,
+        temperature,
+        factor,
+        with_loss=False,
+        with_gradient=True,
+        of_teacher=of_teacher,
+    )[1]
 
 
 @_softened_kl_gradient.register_fake
@@ -119,8 +166,14 @@ def _backward(ctx, upstream, *_):
 _softened_kl.register_autograd(_backward, setup_context=save)
 
 
-def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0, factor: float = 1.0,
-                impl: str = "auto") -> Tensor:
+def softened_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    factor: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
     """T² · KL(teacher ‖ student) at temperature T, summed over classes, averaged over the batch.
 
     student_logits, teacher_logits: [B, classes], any floating dtype.  temperature: more than 0.
@@ -133,7 +186,14 @@ def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: 
     checks.numbers("softened_kl", temperature=temperature, factor=factor)
     if not temperature > 0:
         raise ValueError(f"softened_kl wants a temperature of more than 0, got {temperature}")
-    if checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits) == "triton":
-        checks.rows("softened_kl", _MOST_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits)
+    if (
+        checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits)
+        == "triton"
+    ):
+        checks.rows(
+            "softened_kl", _MOST_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits
+        )
         return _softened_kl(student_logits, teacher_logits, temperature, factor, one_pass(student_logits))[0]
-    return factor * reference.softened_kl(*checks.upcast(student_logits, teacher_logits), temperature=temperature)
+    return factor * reference.softened_kl(
+        *checks.upcast(student_logits, teacher_logits), temperature=temperature
+    )

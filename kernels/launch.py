@@ -11,6 +11,7 @@ maps again with the upstream gradient at hand; so does a second backward through
 PyTorch keeps compiled backward passes on disk and finds them by the names of the operators. So an operator whose outputs or backward
 change their meaning between two versions of this package takes a new name, or old caches give wrong gradients without a word.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -22,7 +23,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows have none: everything imports, the references run, and checks.choose says the rest
+except (
+    ImportError
+):  # macOS and Windows have none: everything imports, the references run, and checks.choose says the rest
     triton = tl = None
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -35,14 +38,24 @@ def jit(function: Callable) -> Callable:
     """triton.jit that specialises pointers and constants only: one binary serves all batch sizes, the last short one included."""
     if triton is None:
         return function
-    scalars = [name for name in inspect.signature(function).parameters if name.islower() and not name.endswith("_ptr")]
+    scalars = [
+        name
+        for name in inspect.signature(function).parameters
+        if name.islower() and not name.endswith("_ptr")
+    ]
     return triton.jit(function, do_not_specialize=scalars)
 
 
 def one_pass(gradient_of: Tensor) -> bool:
     """Whether forward shall write the gradient of this tensor. Not under activation checkpointing, which keeps nothing until backward."""
-    return (torch.is_grad_enabled() and gradient_of.requires_grad and gradient_of.dtype != torch.float16
-            and (torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None))
+    return (
+        torch.is_grad_enabled()
+        and gradient_of.requires_grad
+        and gradient_of.dtype != torch.float16
+        and (
+            torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        )
+    )
 
 
 def dense(parameter: Tensor | None) -> Tensor | None:
@@ -61,18 +74,24 @@ def power_of_two(number: int, *, least: int = 1) -> int:
 
 @jit
 def _rescale_kernel(
-    gradient_ptr,     # [units · UNIT], scaled in place
-    parameters_ptr,   # [parameters] fp32
-    scaled_ptr,       # [parameters] fp32, every element written exactly once
-    upstream_ptr,     # scalar fp32
-    units, parameters,
-    BLOCK: tl.constexpr, UNIT: tl.constexpr,  # elements come in units: where 16 divides them, accesses are wide up to the end
+    gradient_ptr,  # [units · UNIT], scaled in place
+    parameters_ptr,  # [parameters] fp32
+    scaled_ptr,  # [parameters] fp32, every element written exactly once
+    upstream_ptr,  # scalar fp32
+    units,
+    parameters,
+    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,  # elements come in units: where 16 divides them, accesses are wide up to the end
 ):
     """Each program strides over both arrays. Where the upstream gradient is 1, the large one is not touched."""
     upstream = tl.load(upstream_ptr)
     for tile in range(tl.program_id(0), tl.cdiv(parameters, BLOCK), tl.num_programs(0)):
         offs = tile * BLOCK + tl.arange(0, BLOCK)
-        tl.store(scaled_ptr + offs, tl.load(parameters_ptr + offs, mask=offs < parameters) * upstream, mask=offs < parameters)
+        tl.store(
+            scaled_ptr + offs,
+            tl.load(parameters_ptr + offs, mask=offs < parameters) * upstream,
+            mask=offs < parameters,
+        )
     if upstream != 1.0:
         elements = tl.cast(units, tl.int64) * UNIT
         for step in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
@@ -90,8 +109,17 @@ def rescale(gradient: Tensor, parameters: Tensor, upstream: Tensor) -> Tensor:
     unit = 1 if gradient.numel() % 16 else 16
     with torch.cuda.device_of(gradient):
         _rescale_kernel[(programs,)](
-            gradient, parameters, scaled, upstream, gradient.numel() // unit, parameters.numel(),
-            BLOCK=2048, UNIT=unit, num_warps=4, **OPTIONS)
+            gradient,
+            parameters,
+            scaled,
+            upstream,
+            gradient.numel() // unit,
+            parameters.numel(),
+            BLOCK=2048,
+            UNIT=unit,
+            num_warps=4,
+            **OPTIONS,
+        )
     return scaled
 
 
@@ -109,7 +137,9 @@ def save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     # A teacher's map may come from inference_mode, and autograd refuses to keep such tensors.
     ctx.inputs = [value if tensor is None else None for value, tensor in zip(inputs, kept)]
     ctx.save_for_backward(*kept, parameters)
-    ctx.gradient = gradient if gradient.numel() else None  # handed on by the first backward, which scales it in place
+    ctx.gradient = (
+        gradient if gradient.numel() else None
+    )  # handed on by the first backward, which scales it in place
 
 
 def saved(ctx) -> tuple[list, Tensor]:
@@ -120,14 +150,20 @@ def saved(ctx) -> tuple[list, Tensor]:
 
 def batched(tensor: Tensor) -> bool:
     """Whether the tensor stands for several: in torch.func transforms, and in autograd's is_grads_batched."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return torch._C._functorch.is_functorch_wrapped_tensor(
+        tensor
+    ) or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def first_derivative_only(op: str, upstream: Tensor) -> None:
     if torch.is_grad_enabled():  # in a backward: create_graph
-        raise RuntimeError(f"{op} has no second derivative in Triton: call it with impl='reference' under create_graph=True")
+        raise RuntimeError(
+            f"{op} has no second derivative in Triton: call it with impl='reference' under create_graph=True"
+        )
     if batched(upstream):
-        raise RuntimeError(f"{op} takes one upstream gradient at a time in Triton: pass impl='reference' under is_grads_batched=True")
+        raise RuntimeError(
+            f"{op} takes one upstream gradient at a time in Triton: pass impl='reference' under is_grads_batched=True"
+        )
 
 
 def scale(ctx, upstream: Tensor, parameters: Tensor) -> tuple[Tensor | None, Tensor]:

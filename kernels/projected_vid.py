@@ -13,6 +13,7 @@ channels two programs share the hidden channels of a tile, and both read all of 
 Anything else is a convolution and vid_nll: in fp32 a kernel would have to choose between the tensor cores and the user's TF32
 setting, and a wider weight does not fit beside its gradient.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -20,8 +21,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
-from fastvid.kernels.vid import FINISH_TILE, FINISH_WARPS, column_sums, finish_channels, inverse_count, variance_of, vid_nll
+from fastvid.kernels.launch import (
+    OPTIONS,
+    cdiv,
+    dense,
+    first_derivative_only,
+    jit,
+    one_pass,
+    power_of_two,
+    save,
+    saved,
+    scale,
+    tl,
+)
+from fastvid.kernels.vid import (
+    FINISH_TILE,
+    FINISH_WARPS,
+    column_sums,
+    finish_channels,
+    inverse_count,
+    variance_of,
+    vid_nll,
+)
 from torch import Tensor
 
 _SUM_BLOCK = 64  # elements of the weight's gradient that one program adds up: 256-byte rows, and enough programs for all rows at once
@@ -64,8 +85,14 @@ def _blocks(channels: int, hidden: int) -> tuple[int, int]:
 def _fits(hidden: Tensor, weight: Tensor, target: Tensor) -> bool:
     """Whether the kernel takes this projection: 16-bit, not empty, of a width in the table, with a target that no gradient flows to."""
     blocks, capability = _blocks(*weight.shape[:2]), _capability(hidden)
-    return (hidden.dtype in (torch.bfloat16, torch.float16) and blocks in _LAUNCHES and target.numel() > 0 and not target.requires_grad
-            and capability >= 8 and (blocks[0] < 128 or capability in (9, 10)))
+    return (
+        hidden.dtype in (torch.bfloat16, torch.float16)
+        and blocks in _LAUNCHES
+        and target.numel() > 0
+        and not target.requires_grad
+        and capability >= 8
+        and (blocks[0] < 128 or capability in (9, 10))
+    )
 
 
 def _capability(tensor: Tensor) -> int:
@@ -75,19 +102,26 @@ def _capability(tensor: Tensor) -> int:
 
 @jit
 def _projection_kernel(
-    hidden_ptr,           # [M, K] row-major: a channels-last map seen as rows of channels
-    weight_ptr,           # [C, K], any floating dtype; multiplied in the dtype of hidden
-    bias_ptr,             # [C], or None
-    target_ptr,           # [M, C]
-    raw_scale_ptr,        # [C]
-    upstream_ptr,         # scalar fp32, or None: 1
-    square_ptr,           # [programs, C] fp32 sums of squared residuals; or None: gradients only
-    residual_ptr,         # [programs, C] fp32 sums of residuals
+    hidden_ptr,  # [M, K] row-major: a channels-last map seen as rows of channels
+    weight_ptr,  # [C, K], any floating dtype; multiplied in the dtype of hidden
+    bias_ptr,  # [C], or None
+    target_ptr,  # [M, C]
+    raw_scale_ptr,  # [C]
+    upstream_ptr,  # scalar fp32, or None: 1
+    square_ptr,  # [programs, C] fp32 sums of squared residuals; or None: gradients only
+    residual_ptr,  # [programs, C] fp32 sums of residuals
     hidden_gradient_ptr,  # [M, K], every element written exactly once; or None: loss only
-    weight_partial_ptr,   # [programs, C, K] fp32
-    rows, tiles, eps, inverse_count,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, SLICE: tl.constexpr,
+    weight_partial_ptr,  # [programs, C, K] fp32
+    rows,
+    tiles,
+    eps,
+    inverse_count,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    SLICE: tl.constexpr,
 ):
     """One program takes `tiles` tiles of rows and owns one slice of hidden channels; with several slices each computes the mean.
 
@@ -118,7 +152,9 @@ def _projection_kernel(
         for step in tl.static_range(1, SLICES):
             offs_other = (own + step) % SLICES * SLICE + tl.arange(0, SLICE)
             other = _slice(hidden_ptr, offs_m, mask_m, offs_other, HIDDEN)
-            mean = tl.dot(other, tl.trans(_slice(weight_ptr, offs_c, mask_c, offs_other, HIDDEN).to(other.dtype)), mean)
+            mean = tl.dot(
+                other, tl.trans(_slice(weight_ptr, offs_c, mask_c, offs_other, HIDDEN).to(other.dtype)), mean
+            )
         hidden = _slice(hidden_ptr, offs_m, mask_m, offs_k, HIDDEN)
         mean = tl.dot(hidden, tl.trans(weight), mean)
         target = _slice(target_ptr, offs_m, mask_m, offs_c, CHANNELS).to(tl.float32)
@@ -129,8 +165,11 @@ def _projection_kernel(
         if hidden_gradient_ptr is not None:
             gradient = (residual * slope[None, :]).to(hidden.dtype)
             offs = offs_m[:, None] * HIDDEN + offs_k[None, :]
-            tl.store(hidden_gradient_ptr + first * HIDDEN + offs, tl.dot(gradient, weight),
-                     mask=mask_m[:, None] & (offs_k < HIDDEN)[None, :])
+            tl.store(
+                hidden_gradient_ptr + first * HIDDEN + offs,
+                tl.dot(gradient, weight),
+                mask=mask_m[:, None] & (offs_k < HIDDEN)[None, :],
+            )
             weight_gradient = tl.dot(tl.trans(gradient), hidden, weight_gradient)
     if square_ptr is not None:
         if own == 0:
@@ -138,8 +177,11 @@ def _projection_kernel(
             tl.store(residual_ptr + program * CHANNELS + offs_c, residuals, mask=mask_c)
     if hidden_gradient_ptr is not None:
         offs = offs_c[:, None] * HIDDEN + offs_k[None, :]
-        tl.store(weight_partial_ptr + program * CHANNELS * HIDDEN + offs, weight_gradient,
-                 mask=mask_c[:, None] & (offs_k < HIDDEN)[None, :])
+        tl.store(
+            weight_partial_ptr + program * CHANNELS * HIDDEN + offs,
+            weight_gradient,
+            mask=mask_c[:, None] & (offs_k < HIDDEN)[None, :],
+        )
 
 
 @jit
@@ -151,13 +193,22 @@ def _slice(pointer, offs_rows, mask_rows, offs_columns, COLUMNS: tl.constexpr):
 
 @jit
 def _finish_kernel(
-    square_ptr, residual_ptr,  # [programs, C] fp32 partial sums
-    weight_partial_ptr,        # [programs, C, K] fp32, or None
-    raw_scale_ptr, loss_ptr,
-    parameters_ptr,            # fp32: weight [C, K] if there are partial sums of it, then raw_scale [C], bias [C]
-    programs, eps, factor, inverse_count,
-    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_WEIGHT_PROGRAMS: tl.constexpr,
+    square_ptr,
+    residual_ptr,  # [programs, C] fp32 partial sums
+    weight_partial_ptr,  # [programs, C, K] fp32, or None
+    raw_scale_ptr,
+    loss_ptr,
+    parameters_ptr,  # fp32: weight [C, K] if there are partial sums of it, then raw_scale [C], bias [C]
+    programs,
+    eps,
+    factor,
+    inverse_count,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_WEIGHT_PROGRAMS: tl.constexpr,
 ):
     """The first program finishes what has C elements, each other one a block of the weight's gradient."""
     block = tl.program_id(0)
@@ -166,14 +217,27 @@ def _finish_kernel(
         scale_gradient_ptr += CHANNELS * HIDDEN
     if block == 0:
         offs_c, mask_c, variance = finish_channels(
-            square_ptr, raw_scale_ptr, loss_ptr, scale_gradient_ptr, 0, programs, eps, factor, inverse_count,
-            CHANNELS, BLOCK_CHANNELS, BLOCK_PROGRAMS)
+            square_ptr,
+            raw_scale_ptr,
+            loss_ptr,
+            scale_gradient_ptr,
+            0,
+            programs,
+            eps,
+            factor,
+            inverse_count,
+            CHANNELS,
+            BLOCK_CHANNELS,
+            BLOCK_PROGRAMS,
+        )
         residuals = column_sums(residual_ptr, programs, offs_c, mask_c, CHANNELS, BLOCK_PROGRAMS)
         tl.store(scale_gradient_ptr + CHANNELS + offs_c, residuals * inverse_count / variance, mask=mask_c)
     elif weight_partial_ptr is not None:
         offs_w = (block - 1) * BLOCK + tl.arange(0, BLOCK)
         mask_w = offs_w < CHANNELS * HIDDEN
-        sums = column_sums(weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, BLOCK_WEIGHT_PROGRAMS)
+        sums = column_sums(
+            weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, BLOCK_WEIGHT_PROGRAMS
+        )
         tl.store(parameters_ptr + offs_w, sums, mask=mask_w)
 
 
@@ -192,20 +256,58 @@ def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, w
     weight_partial = torch.empty(programs, channels, width, **scalars) if with_gradient else None
     with torch.cuda.device_of(hidden):
         _projection_kernel[(programs, block_hidden // cut.slice if with_gradient else 1)](
-            hidden, weight, bias, target, raw_scale, upstream, squares, residuals, gradient, weight_partial,
-            rows, tiles_each, eps, inverse_count(target, factor), CHANNELS=channels, HIDDEN=width, BLOCK_ROWS=cut.rows,
-            BLOCK_CHANNELS=block_channels, BLOCK_HIDDEN=block_hidden, SLICE=cut.slice,
-            num_warps=cut.warps, num_stages=cut.stages, **OPTIONS)
+            hidden,
+            weight,
+            bias,
+            target,
+            raw_scale,
+            upstream,
+            squares,
+            residuals,
+            gradient,
+            weight_partial,
+            rows,
+            tiles_each,
+            eps,
+            inverse_count(target, factor),
+            CHANNELS=channels,
+            HIDDEN=width,
+            BLOCK_ROWS=cut.rows,
+            BLOCK_CHANNELS=block_channels,
+            BLOCK_HIDDEN=block_hidden,
+            SLICE=cut.slice,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+            **OPTIONS,
+        )
     return squares, residuals, gradient, weight_partial
 
 
 @torch.library.custom_op("fastvid::projected_vid_nll", mutates_args=())
-def _projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, eps: float,
-                       factor: float, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _projected_vid_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    raw_scale: Tensor,
+    eps: float,
+    factor: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The third output holds the gradients of weight, if asked, raw_scale and bias in one row."""
     weight, bias, raw_scale = map(dense, (weight, bias, raw_scale))
     squares, residuals, gradient, weight_partial = _launch(
-        hidden, weight, bias, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient)
+        hidden,
+        weight,
+        bias,
+        target,
+        raw_scale,
+        None,
+        eps,
+        factor,
+        with_loss=True,
+        with_gradient=with_gradient,
+    )
     programs, channels = squares.shape
     width = hidden.shape[1]
     size = channels * width if with_gradient else 0
@@ -213,9 +315,25 @@ def _projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targ
     block_channels = power_of_two(channels)
     with torch.cuda.device_of(hidden):
         _finish_kernel[(1 + cdiv(size, _SUM_BLOCK),)](
-            squares, residuals, weight_partial, raw_scale, loss, parameters, programs, eps, factor, inverse_count(target, factor),
-            CHANNELS=channels, HIDDEN=width, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=FINISH_TILE // block_channels,
-            BLOCK=_SUM_BLOCK, BLOCK_WEIGHT_PROGRAMS=FINISH_TILE // _SUM_BLOCK, num_warps=FINISH_WARPS, **OPTIONS)
+            squares,
+            residuals,
+            weight_partial,
+            raw_scale,
+            loss,
+            parameters,
+            programs,
+            eps,
+            factor,
+            inverse_count(target, factor),
+            CHANNELS=channels,
+            HIDDEN=width,
+            BLOCK_CHANNELS=block_channels,
+            BLOCK_PROGRAMS=FINISH_TILE // block_channels,
+            BLOCK=_SUM_BLOCK,
+            BLOCK_WEIGHT_PROGRAMS=FINISH_TILE // _SUM_BLOCK,
+            num_warps=FINISH_WARPS,
+            **OPTIONS,
+        )
     return loss, hidden.new_empty(0) if gradient is None else gradient, parameters
 
 
@@ -227,11 +345,29 @@ def _(hidden, weight, bias, target, raw_scale, eps, factor, with_gradient):
 
 
 @torch.library.custom_op("fastvid::projected_vid_nll_gradient", mutates_args=())
-def _projected_vid_nll_gradient(upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-                                raw_scale: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor]:
+def _projected_vid_nll_gradient(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    raw_scale: Tensor,
+    eps: float,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and of weight (fp32 [C, K]) from the maps themselves."""
     _, _, gradient, weight_partial = _launch(
-        hidden, dense(weight), dense(bias), target, dense(raw_scale), upstream, eps, factor, with_loss=False, with_gradient=True)
+        hidden,
+        dense(weight),
+        dense(bias),
+        target,
+        dense(raw_scale),
+        upstream,
+        eps,
+        factor,
+        with_loss=False,
+        with_gradient=True,
+    )
     return gradient, weight_partial.sum(0)
 
 
@@ -245,9 +381,15 @@ def _backward(ctx, upstream, *_):
     first_derivative_only("projected_vid_nll", upstream)
     hidden_gradient, parameters = scale(ctx, upstream, parameters)
     channels = weight.shape[0]
-    weight_gradient, scale_gradient, bias_gradient = parameters[:-2 * channels], parameters[-2 * channels:-channels], parameters[-channels:]
+    weight_gradient, scale_gradient, bias_gradient = (
+        parameters[: -2 * channels],
+        parameters[-2 * channels : -channels],
+        parameters[-channels:],
+    )
     if hidden_gradient is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        hidden_gradient, weight_gradient = _projected_vid_nll_gradient(upstream, hidden, weight, bias, target, raw_scale, eps, factor)
+        hidden_gradient, weight_gradient = _projected_vid_nll_gradient(
+            upstream, hidden, weight, bias, target, raw_scale, eps, factor
+        )
     needs = ctx.needs_input_grad
     return (
         hidden_gradient if needs[0] else None,
@@ -255,7 +397,9 @@ def _backward(ctx, upstream, *_):
         bias_gradient.to(bias.dtype) if needs[2] else None,
         None,
         scale_gradient.to(raw_scale.dtype) if needs[4] else None,
-        None, None, None,
+        None,
+        None,
+        None,
     )
 
 
@@ -263,15 +407,26 @@ def _like(gradient: Tensor, weight: Tensor) -> Tensor:
     """The gradient [C·K] in the shape of the weight, and in its strides where it is contiguous or channels-last: DDP wants them equal."""
     channels, width = weight.shape[:2]
     if weight.stride() == (width, 1, width, width):
-        return gradient.view(channels, 1, 1, width).permute(0, 3, 1, 2)  # of the row's start: Inductor of torch 2.11 loses an offset
+        return gradient.view(channels, 1, 1, width).permute(
+            0, 3, 1, 2
+        )  # of the row's start: Inductor of torch 2.11 loses an offset
     return gradient.view(weight.shape)
 
 
 _projected_vid_nll.register_autograd(_backward, setup_context=save)
 
 
-def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *,
-                      eps: float = 1e-5, factor: float = 1.0, impl: str = "auto") -> Tensor:
+def projected_vid_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    raw_scale: Tensor,
+    *,
+    eps: float = 1e-5,
+    factor: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
     """vid_nll whose mean is a 1x1 convolution of `hidden`, as the last layer of a regressor is.
 
     hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].
@@ -286,12 +441,18 @@ def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     if bias is not None:
         checks.shape(op, "bias", bias, (target.shape[1],))
     checks.numbers(op, eps=eps, factor=factor)
-    chosen = checks.choose(op, impl, hidden=hidden, weight=weight, bias=bias, target=target, raw_scale=raw_scale)
+    chosen = checks.choose(
+        op, impl, hidden=hidden, weight=weight, bias=bias, target=target, raw_scale=raw_scale
+    )
     if chosen == "triton":
         checks.channels_last(op, hidden=hidden, target=target)
         if _fits(hidden, weight, target):
-            return _projected_vid_nll(hidden, weight, bias, target, raw_scale, eps, factor, one_pass(hidden))[0]
+            return _projected_vid_nll(hidden, weight, bias, target, raw_scale, eps, factor, one_pass(hidden))[
+                0
+            ]
     mean = F.conv2d(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     if chosen == "triton":
-        mean = mean.contiguous(memory_format=torch.channels_last)  # as it is, but where one channel leaves the layout open
+        mean = mean.contiguous(
+            memory_format=torch.channels_last
+        )  # as it is, but where one channel leaves the layout open
     return vid_nll(mean, target, raw_scale, eps=eps, factor=factor, impl=impl)

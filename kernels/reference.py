@@ -2,6 +2,7 @@
 
 B images, C channels, H x W positions, M = B·H·W.
 """
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,9 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
 
     mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
     """
-    return vid_nll_of_squares((target - mean).square().sum(dim=(0, 2, 3)), mean.numel() // mean.shape[1], raw_scale, eps=eps)
+    return vid_nll_of_squares(
+        (target - mean).square().sum(dim=(0, 2, 3)), mean.numel() // mean.shape[1], raw_scale, eps=eps
+    )
 
 
 def vid_nll_of_squares(squares: Tensor, rows: int, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -22,8 +25,15 @@ def vid_nll_of_squares(squares: Tensor, rows: int, raw_scale: Tensor, *, eps: fl
     return 0.5 * (squares / variance + rows * variance.log()).sum() / (rows * len(squares))
 
 
-def projected_vid_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, raw_scale: Tensor, *,
-                      eps: float = 1e-5) -> Tensor:
+def projected_vid_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    raw_scale: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
     """vid_nll of a 1x1 convolution: the mean is weight · hidden + bias at every position.
 
     hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].

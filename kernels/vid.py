@@ -9,11 +9,24 @@ The only reduction over M is S_c, and the gradient of the mean needs nothing els
 gradient: 3 map-sized transfers in all, 3·M·C·itemsize bytes, plus C-sized work (launch.py says how backward stays out of it).
 Without a gradient: 2. In fp16: 2 in forward and 3 in backward. A gradient of the target is a pass of its own: 3 more.
 """
+
 from __future__ import annotations
 
 import torch
 from fastvid.kernels import blocked, checks, reference
-from fastvid.kernels.launch import OPTIONS, cdiv, dense, first_derivative_only, jit, one_pass, power_of_two, save, saved, scale, tl
+from fastvid.kernels.launch import (
+    OPTIONS,
+    cdiv,
+    dense,
+    first_derivative_only,
+    jit,
+    one_pass,
+    power_of_two,
+    save,
+    saved,
+    scale,
+    tl,
+)
 from torch import Tensor
 
 # 4,096 elements and 4 warps: each thread has four 16-byte loads of both bf16 maps in flight, 16 KB a program.
@@ -47,14 +60,19 @@ def variance_of(raw_scale_ptr, offs_c, mask_c, eps):
 
 @jit
 def _residual_kernel(
-    mean_ptr,        # [M, C] row-major: a channels-last map seen as rows of channels
-    target_ptr,      # [M, C] same layout, may differ in dtype
-    raw_scale_ptr,   # [C], or None: mean squared error
-    upstream_ptr,    # scalar fp32, or None: 1
-    partial_ptr,     # [programs, C] fp32, every element written exactly once; or None
-    gradient_ptr,    # [M, C] gradient of the mean, every element written exactly once; or None
-    rows, tiles, eps, inverse_count,
-    CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    mean_ptr,  # [M, C] row-major: a channels-last map seen as rows of channels
+    target_ptr,  # [M, C] same layout, may differ in dtype
+    raw_scale_ptr,  # [C], or None: mean squared error
+    upstream_ptr,  # scalar fp32, or None: 1
+    partial_ptr,  # [programs, C] fp32, every element written exactly once; or None
+    gradient_ptr,  # [M, C] gradient of the mean, every element written exactly once; or None
+    rows,
+    tiles,
+    eps,
+    inverse_count,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):
     """One program reads `tiles` tiles of rows, sums (mean - target)² over them and writes their gradient.
 
@@ -63,7 +81,9 @@ def _residual_kernel(
     """
     offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask_c = offs_c < CHANNELS
-    first = tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a program int32 suffices
+    first = (
+        tl.program_id(0).to(tl.int64) * tiles * BLOCK_ROWS
+    )  # int64 here alone: within a program int32 suffices
     mean_ptr += first * CHANNELS
     target_ptr += first * CHANNELS
     if gradient_ptr is not None:
@@ -99,12 +119,18 @@ def column_sums(partial_ptr, programs, offs_c, mask_c, CHANNELS: tl.constexpr, B
 
 @jit
 def finish_channels(
-    square_ptr,          # [programs, C] fp32 partial sums of the squared residuals
-    raw_scale_ptr,       # [C], or None: mean squared error
-    loss_ptr,            # [channel blocks] fp32, each block's share
+    square_ptr,  # [programs, C] fp32 partial sums of the squared residuals
+    raw_scale_ptr,  # [C], or None: mean squared error
+    loss_ptr,  # [channel blocks] fp32, each block's share
     scale_gradient_ptr,  # [C] fp32; not touched without a scale
-    block, programs, eps, factor, inverse_count,
-    CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
+    block,
+    programs,
+    eps,
+    factor,
+    inverse_count,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
 ):
     """The loss and the gradient of raw_scale for one block of channels. Returns its channels, their mask and variances."""
     offs_c = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -125,12 +151,33 @@ def finish_channels(
 
 @jit
 def _finish_kernel(
-    square_ptr, raw_scale_ptr, loss_ptr, scale_gradient_ptr, programs, eps, factor, inverse_count,
-    CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr,
+    square_ptr,
+    raw_scale_ptr,
+    loss_ptr,
+    scale_gradient_ptr,
+    programs,
+    eps,
+    factor,
+    inverse_count,
+    CHANNELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
 ):
     """One program per block of channels."""
-    finish_channels(square_ptr, raw_scale_ptr, loss_ptr, scale_gradient_ptr, tl.program_id(0), programs, eps, factor, inverse_count,
-                    CHANNELS, BLOCK_CHANNELS, BLOCK_PROGRAMS)
+    finish_channels(
+        square_ptr,
+        raw_scale_ptr,
+        loss_ptr,
+        scale_gradient_ptr,
+        tl.program_id(0),
+        programs,
+        eps,
+        factor,
+        inverse_count,
+        CHANNELS,
+        BLOCK_CHANNELS,
+        BLOCK_PROGRAMS,
+    )
 
 
 def _launch(mean, target, raw_scale, upstream, eps, factor, *, with_loss, with_gradient):
@@ -141,14 +188,30 @@ def _launch(mean, target, raw_scale, upstream, eps, factor, *, with_loss, with_g
     block_rows = _TILE // block_channels
     tiles = cdiv(max(rows, 1), block_rows)
     channel_blocks = cdiv(channels, block_channels)
-    tiles_each = min(cdiv(tiles, max(1, _PROGRAMS // channel_blocks)), max(1, 2**31 // (block_rows * channels)))
+    tiles_each = min(
+        cdiv(tiles, max(1, _PROGRAMS // channel_blocks)), max(1, 2**31 // (block_rows * channels))
+    )
     programs = cdiv(tiles, tiles_each)
     partial = torch.empty(programs, channels, dtype=torch.float32, device=mean.device) if with_loss else None
     gradient = torch.empty_like(mean) if with_gradient else None
     with torch.cuda.device_of(mean):
         _residual_kernel[(programs, channel_blocks)](
-            mean, target, raw_scale, upstream, partial, gradient, rows, tiles_each, eps, inverse_count(mean, factor),
-            CHANNELS=channels, BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels, num_warps=4, **OPTIONS)
+            mean,
+            target,
+            raw_scale,
+            upstream,
+            partial,
+            gradient,
+            rows,
+            tiles_each,
+            eps,
+            inverse_count(mean, factor),
+            CHANNELS=channels,
+            BLOCK_ROWS=block_rows,
+            BLOCK_CHANNELS=block_channels,
+            num_warps=4,
+            **OPTIONS,
+        )
     return partial, gradient
 
 
@@ -158,20 +221,38 @@ def inverse_count(target: Tensor, factor: float) -> float:
 
 
 @torch.library.custom_op("fastvid::vid_nll", mutates_args=())
-def _vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float,
-             with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _vid_nll(
+    mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     raw_scale = dense(raw_scale)
-    partial, gradient = _launch(mean, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient)
+    partial, gradient = _launch(
+        mean, target, raw_scale, None, eps, factor, with_loss=True, with_gradient=with_gradient
+    )
     programs, channels = partial.shape
     block_channels = min(power_of_two(channels), _WIDEST)
     blocks = cdiv(channels, block_channels)
     loss, scale_gradient = partial.new_empty(blocks), partial.new_empty(0 if raw_scale is None else channels)
     with torch.cuda.device_of(mean):
         _finish_kernel[(blocks,)](
-            partial, raw_scale, loss, scale_gradient, programs, eps, factor, inverse_count(mean, factor),
-            CHANNELS=channels, BLOCK_CHANNELS=block_channels, BLOCK_PROGRAMS=FINISH_TILE // block_channels,
-            num_warps=FINISH_WARPS, **OPTIONS)
-    return loss.sum() if blocks > 1 else loss.view(()), mean.new_empty(0) if gradient is None else gradient, scale_gradient
+            partial,
+            raw_scale,
+            loss,
+            scale_gradient,
+            programs,
+            eps,
+            factor,
+            inverse_count(mean, factor),
+            CHANNELS=channels,
+            BLOCK_CHANNELS=block_channels,
+            BLOCK_PROGRAMS=FINISH_TILE // block_channels,
+            num_warps=FINISH_WARPS,
+            **OPTIONS,
+        )
+    return (
+        loss.sum() if blocks > 1 else loss.view(()),
+        mean.new_empty(0) if gradient is None else gradient,
+        scale_gradient,
+    )
 
 
 @_vid_nll.register_fake
@@ -182,9 +263,13 @@ def _(mean, target, raw_scale, eps, factor, with_gradient):
 
 
 @torch.library.custom_op("fastvid::vid_nll_gradient", mutates_args=())
-def _vid_nll_gradient(upstream: Tensor, mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float) -> Tensor:
+def _vid_nll_gradient(
+    upstream: Tensor, mean: Tensor, target: Tensor, raw_scale: Tensor | None, eps: float, factor: float
+) -> Tensor:
     """Gradient of `mean` from the maps themselves. That of `target` is this one with the maps in each other's place."""
-    return _launch(mean, target, dense(raw_scale), upstream, eps, factor, with_loss=False, with_gradient=True)[1]
+    return _launch(
+        mean, target, dense(raw_scale), upstream, eps, factor, with_loss=False, with_gradient=True
+    )[1]
 
 
 @_vid_nll_gradient.register_fake
@@ -208,7 +293,15 @@ def _backward(ctx, upstream, *_):
 _vid_nll.register_autograd(_backward, setup_context=save)
 
 
-def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5, factor: float = 1.0, impl: str = "auto") -> Tensor:
+def vid_nll(
+    mean: Tensor,
+    target: Tensor,
+    raw_scale: Tensor,
+    *,
+    eps: float = 1e-5,
+    factor: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
     """Negative log-likelihood of `target` under a Gaussian with one learned variance per channel, averaged over elements.
 
     mean, target: [B, C, H, W], any floating dtype.  raw_scale: [C]; the variance is softplus(raw_scale) + eps.
@@ -230,7 +323,9 @@ def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-
     return factor * reference.vid_nll(*checks.upcast(mean, target, raw_scale), eps=eps)
 
 
-def mean_squared_error(prediction: Tensor, target: Tensor, *, factor: float = 1.0, impl: str = "auto") -> Tensor:
+def mean_squared_error(
+    prediction: Tensor, target: Tensor, *, factor: float = 1.0, impl: str = "auto"
+) -> Tensor:
     """Mean squared difference of two feature maps: what vid_nll is at a fixed variance, without the constant.
 
     prediction, target: [B, C, H, W], any floating dtype.  factor, impl, errors: as in vid_nll.

@@ -1,4 +1,5 @@
 """Real inputs that several test files share; a test that needs one which is not here is skipped, and says so."""
+
 import dataclasses
 import hashlib
 import pickle
@@ -18,7 +19,9 @@ from fastvid import checkpoint, datasets
 from fastvid.wresnet import WideResNet
 
 interpreter.mend()
-functorch_config.enable_autograd_cache = False  # it finds a compiled backward by the operators' names: also that of older code
+functorch_config.enable_autograd_cache = (
+    False  # it finds a compiled backward by the operators' names: also that of older code
+)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"  # beside the checkout
 
@@ -33,7 +36,12 @@ def pytest_terminal_summary(terminalreporter, config):
     if not config.option.figures:
         return
     seconds, cases = 0.0, Counter()
-    for report in (report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "duration")):
+    for report in (
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if hasattr(report, "duration")
+    ):
         for point in (value for name, value in report.user_properties if name == "survival"):
             seconds += report.duration
             cases[point] += report.when == "call" and report.passed
@@ -45,7 +53,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="300 kills, 200 signals and an hour of soak")
-    parser.addoption("--figures", metavar="FILE", help="append what the tests of survival measured, as Markdown rows")
+    parser.addoption(
+        "--figures", metavar="FILE", help="append what the tests of survival measured, as Markdown rows"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +66,7 @@ def long(pytestconfig):
 @pytest.fixture
 def figure(pytestconfig, record_property):
     """figure(what, measured): a row for the table in tests/README.md."""
+
     def write(what, measured):
         record_property(what, measured)
         if pytestconfig.option.figures:
@@ -101,17 +112,31 @@ def cifar100_root(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
 
     def split(images):
-        return {"data": random.integers(0, 256, (images, 3072)).astype(np.uint8), "fine_labels": [i % 3 for i in range(images)],
-                "coarse_labels": [7] * images, "filenames": ["x.png"] * images, "batch_label": "batch"}
+        return {
+            "data": random.integers(0, 256, (images, 3072)).astype(np.uint8),
+            "fine_labels": [i % 3 for i in range(images)],
+            "coarse_labels": [7] * images,
+            "filenames": ["x.png"] * images,
+            "batch_label": "batch",
+        }
 
-    content = {"train": split(6), "test": split(4),
-               "meta": {"fine_label_names": ["apple", "fish", "baby"], "coarse_label_names": ["thing"]}}
+    content = {
+        "train": split(6),
+        "test": split(4),
+        "meta": {"fine_label_names": ["apple", "fish", "baby"], "coarse_label_names": ["thing"]},
+    }
     for file, value in content.items():
         (folder / file).write_bytes(pickle.dumps(value, protocol=2))
     md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
     spec = dataclasses.replace(
-        datasets._CIFAR["cifar100"], train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"]))
-    known = {split: datasets._read_cifar(spec, tmp_path, split, False).sha256() for split in ("train", "test")}
+        datasets._CIFAR["cifar100"],
+        train={"train": md5["train"]},
+        test={"test": md5["test"]},
+        meta=("meta", md5["meta"]),
+    )
+    known = {
+        split: datasets._read_cifar(spec, tmp_path, split, False).sha256() for split in ("train", "test")
+    }
     monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(spec, sha256=known))
     return tmp_path
 
@@ -121,7 +146,9 @@ def teacher_file():
     """A WRN-40-2 trained on the full CIFAR-10 training split, 92.47 % on the test split."""
     path = SHARED / "teacher" / "wrn40_2_cifar10.safetensors"
     if not path.is_file():
-        pytest.skip("the trained teacher is not here: ../shared/teacher/wrn40_2_cifar10.safetensors is missing")
+        pytest.skip(
+            "the trained teacher is not here: ../shared/teacher/wrn40_2_cifar10.safetensors is missing"
+        )
     return path
 
 

@@ -3,6 +3,7 @@
 As it comes it cuts bf16 off where hardware rounds to nearest even, and takes its bit patterns for numbers in a dot and beside fp16.
 With that mended, bf16 is tested with the tolerances of the hardware. It still sees no races, no misalignment, no limits of memory.
 """
+
 import os
 
 import numpy as np
@@ -31,7 +32,10 @@ def mend() -> None:
         return cast(self, source, target)
 
     def create_dot(self, a, b, *rest):
-        a, b = (cast(self, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand for operand in (a, b))
+        a, b = (
+            cast(self, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand
+            for operand in (a, b)
+        )
         return dot(self, a, b, *rest)
 
     def create_fp_to_fp(self, source, target, rounding):
@@ -54,4 +58,6 @@ def mend() -> None:
 
     interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl, builder.create_dot, builder.create_fp_to_fp = cast_impl, create_dot, create_fp_to_fp
-    builder.create_fp_trunc = builder.create_fp_ext = lambda self, source, target: self.cast_impl(source, target)
+    builder.create_fp_trunc = builder.create_fp_ext = lambda self, source, target: self.cast_impl(
+        source, target
+    )

@@ -14,8 +14,10 @@ from fastvid.errors import InputError
 from fastvid.wresnet import WideResNet
 
 SMALL = {  # every kind of tensor that a checkpoint holds
-    "conv1.weight": torch.arange(18.0).reshape(2, 1, 3, 3), "bn1.num_batches_tracked": torch.tensor(7),
-    "half": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
+    "conv1.weight": torch.arange(18.0).reshape(2, 1, 3, 3),
+    "bn1.num_batches_tracked": torch.tensor(7),
+    "half": torch.tensor([1.5, -2], dtype=torch.bfloat16),
+}
 
 
 def network(depth=10, width=1, num_classes=10, seed=0):
@@ -29,10 +31,13 @@ def network(depth=10, width=1, num_classes=10, seed=0):
 
 def same(one, other):
     return one.keys() == other.keys() and all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in ((one[name], other[name]) for name in one))
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        for a, b in ((one[name], other[name]) for name in one)
+    )
 
 
 # --- weights
+
 
 def test_weights_come_back_equal_with_their_metadata_and_the_hash_of_the_file(tmp_path):
     path = tmp_path / "a.safetensors"
@@ -58,8 +63,12 @@ def test_equal_tensors_have_equal_checksums_and_any_change_another(tmp_path):
     first = checksum(SMALL)
     assert checksum(dict(reversed(SMALL.items()))) == first
     conv = SMALL["conv1.weight"]
-    changes = {"value": {"conv1.weight": conv + 1}, "shape": {"conv1.weight": conv.flatten()},
-               "dtype": {"half": SMALL["half"].view(torch.float16)}, "name": {"more": conv.clone()}}
+    changes = {
+        "value": {"conv1.weight": conv + 1},
+        "shape": {"conv1.weight": conv.flatten()},
+        "dtype": {"half": SMALL["half"].view(torch.float16)},
+        "name": {"more": conv.clone()},
+    }
     assert len({first, *(checksum(SMALL | change) for change in changes.values())}) == 1 + len(changes)
 
 
@@ -69,16 +78,25 @@ def test_safetensors_of_others_load_without_a_checksum(tmp_path):
     assert same(weights.tensors, SMALL) and weights.metadata == {} and not weights.verified
 
 
-@pytest.mark.parametrize("write", [
-    pytest.param(lambda path: save_weights(path.with_suffix(".safetensors"), SMALL, {"dataset": "digits"}), id="safetensors"),
-    pytest.param(lambda path: torch.save({"model": SMALL}, path), id="pth"),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(
+            lambda path: save_weights(path.with_suffix(".safetensors"), SMALL, {"dataset": "digits"}),
+            id="safetensors",
+        ),
+        pytest.param(lambda path: torch.save({"model": SMALL}, path), id="pth"),
+    ],
+)
 def test_a_flipped_byte_is_refused_or_harmless(tmp_path, write):
     write(tmp_path / "a.pth")
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     choose, refused = random.Random(0), 0
-    for position in [*range(0, len(content), max(1, len(content) // 300)), *choose.choices(range(len(content)), k=100)]:
+    for position in [
+        *range(0, len(content), max(1, len(content) // 300)),
+        *choose.choices(range(len(content)), k=100),
+    ]:
         mutant = bytearray(content)
         mutant[position] ^= 1 << choose.randrange(8)
         path.write_bytes(mutant)
@@ -98,16 +116,24 @@ def test_a_file_that_was_cut_is_refused_with_its_path(tmp_path, suffix, kept):
     path = tmp_path / f"a{suffix}"
     save_weights(path, SMALL, {}) if suffix == ".safetensors" else torch.save(SMALL, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match=f"{path}.*: copy (it|or make it) again|{path}.*: copy or make the file again"):
+    with pytest.raises(
+        InputError, match=f"{path}.*: copy (it|or make it) again|{path}.*: copy or make the file again"
+    ):
         load_weights(path)
 
 
-@pytest.mark.parametrize("wrap", [
-    pytest.param(lambda state: state, id="bare"),
-    pytest.param(lambda state: {"epoch": 240, "model": state, "best_acc": 75.6}, id="RepDistiller"),
-    pytest.param(lambda state: {"state_dict": state, "epoch": 200}, id="state_dict"),
-    pytest.param(lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}}, id="DataParallel"),
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda state: state, id="bare"),
+        pytest.param(lambda state: {"epoch": 240, "model": state, "best_acc": 75.6}, id="RepDistiller"),
+        pytest.param(lambda state: {"state_dict": state, "epoch": 200}, id="state_dict"),
+        pytest.param(
+            lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+            id="DataParallel",
+        ),
+    ],
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_checkpoints_of_others_load_as_a_network(tmp_path, wrap, zipped):
     original = network()
@@ -115,17 +141,27 @@ def test_checkpoints_of_others_load_as_a_network(tmp_path, wrap, zipped):
     assert same(load_network(tmp_path / "a.pth", 10, 1, 10).state_dict(), original.state_dict())
 
 
-@pytest.mark.parametrize("content", [
-    pytest.param({}, id="nothing"), pytest.param([torch.zeros(2)], id="list"), pytest.param(torch.zeros(2), id="tensor"),
-    pytest.param({"epoch": 3}, id="no-tensors"), pytest.param({"model": {}}, id="empty-model"),
-    pytest.param({0: torch.zeros(2)}, id="numbers-as-names")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({}, id="nothing"),
+        pytest.param([torch.zeros(2)], id="list"),
+        pytest.param(torch.zeros(2), id="tensor"),
+        pytest.param({"epoch": 3}, id="no-tensors"),
+        pytest.param({"model": {}}, id="empty-model"),
+        pytest.param({0: torch.zeros(2)}, id="numbers-as-names"),
+    ],
+)
 def test_a_torch_file_without_a_state_dict_says_what_is_wanted(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="a.pth: holds no state dict, neither alone nor under 'model' or 'state_dict'"):
+    with pytest.raises(
+        InputError, match="a.pth: holds no state dict, neither alone nor under 'model' or 'state_dict'"
+    ):
         load_weights(tmp_path / "a.pth")
 
 
 # --- networks
+
 
 def test_a_network_is_loaded_frozen_in_eval_mode_and_computes_the_same(tmp_path):
     original, images = network(seed=3).eval(), torch.randn(2, 3, 32, 32)
@@ -143,7 +179,9 @@ def test_the_real_teacher_loads_with_its_own_names(teacher_file):
 
 def test_counters_of_batches_may_be_missing(tmp_path):
     state = network().state_dict()
-    save_weights(tmp_path / "a.safetensors", {name: t for name, t in state.items() if "num_batches" not in name}, {})
+    save_weights(
+        tmp_path / "a.safetensors", {name: t for name, t in state.items() if "num_batches" not in name}, {}
+    )
     loaded = load_network(tmp_path / "a.safetensors", 10, 1, 10).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state if "num_batches" not in name)
 
@@ -155,30 +193,66 @@ def test_regressors_beside_a_student_do_not_hinder_loading_it(tmp_path):
 
 
 @pytest.mark.survival("wrong but well-formed")
-@pytest.mark.parametrize("depth, width, classes, phrase", [
-    pytest.param(10, 2, 10, "holds a WRN-10-1 for 10 classes, but a WRN-10-2 for 10 was asked for: set --teacher-depth and --teacher-width",
-                 id="width"),
-    pytest.param(16, 1, 10, "holds a WRN-10-1 for 10 classes, but a WRN-16-1 for 10 was asked for", id="depth"),
-    pytest.param(10, 1, 100, "holds a WRN-10-1 for 10 classes, but a WRN-10-1 for 100 was asked for: .* take a teacher of this data set",
-                 id="classes"),
-])
-def test_another_architecture_is_named_beside_the_one_that_was_asked_for(tmp_path, depth, width, classes, phrase):
+@pytest.mark.parametrize(
+    "depth, width, classes, phrase",
+    [
+        pytest.param(
+            10,
+            2,
+            10,
+            "holds a WRN-10-1 for 10 classes, but a WRN-10-2 for 10 was asked for: set --teacher-depth and --teacher-width",
+            id="width",
+        ),
+        pytest.param(
+            16, 1, 10, "holds a WRN-10-1 for 10 classes, but a WRN-16-1 for 10 was asked for", id="depth"
+        ),
+        pytest.param(
+            10,
+            1,
+            100,
+            "holds a WRN-10-1 for 10 classes, but a WRN-10-1 for 100 was asked for: .* take a teacher of this data set",
+            id="classes",
+        ),
+    ],
+)
+def test_another_architecture_is_named_beside_the_one_that_was_asked_for(
+    tmp_path, depth, width, classes, phrase
+):
     save_weights(tmp_path / "a.safetensors", network().state_dict(), {})
     with pytest.raises(InputError, match=phrase):
         load_network(tmp_path / "a.safetensors", depth, width, classes)
 
 
-@pytest.mark.parametrize("change, phrase", [
-    pytest.param(lambda state: state.pop("bn1.bias"), "missing keys bn1.bias; unexpected keys none; other shapes none", id="missing"),
-    pytest.param(lambda state: state.update(extra=torch.ones(1)), "missing keys none; unexpected keys extra;", id="unexpected"),
-    pytest.param(lambda state: state.update({"fc.bias": torch.ones(7)}), "other shapes fc.bias: take weights with the names of",
-                 id="shape"),
-    pytest.param(lambda state: [state.pop(name) for name in list(state) if "block2" in name], r"missing keys block2\.\S+, .* and \d+ more;",
-                 id="a-group"),
-    pytest.param(lambda state: state.update({f"net.{name}": state.pop(name) for name in list(state)}),
-                 r"missing keys block1.* unexpected keys net\.",
-                 id="prefix"),
-])
+@pytest.mark.parametrize(
+    "change, phrase",
+    [
+        pytest.param(
+            lambda state: state.pop("bn1.bias"),
+            "missing keys bn1.bias; unexpected keys none; other shapes none",
+            id="missing",
+        ),
+        pytest.param(
+            lambda state: state.update(extra=torch.ones(1)),
+            "missing keys none; unexpected keys extra;",
+            id="unexpected",
+        ),
+        pytest.param(
+            lambda state: state.update({"fc.bias": torch.ones(7)}),
+            "other shapes fc.bias: take weights with the names of",
+            id="shape",
+        ),
+        pytest.param(
+            lambda state: [state.pop(name) for name in list(state) if "block2" in name],
+            r"missing keys block2\.\S+, .* and \d+ more;",
+            id="a-group",
+        ),
+        pytest.param(
+            lambda state: state.update({f"net.{name}": state.pop(name) for name in list(state)}),
+            r"missing keys block1.* unexpected keys net\.",
+            id="prefix",
+        ),
+    ],
+)
 def test_keys_that_do_not_fit_are_named(tmp_path, change, phrase):
     state = network().state_dict()
     change(state)
@@ -189,10 +263,22 @@ def test_keys_that_do_not_fit_are_named(tmp_path, change, phrase):
 
 # --- resume state
 
+
 def test_a_state_comes_back_equal_with_its_structure(tmp_path):
-    state = {"position": 12, "seconds": 0.1, "name": "vid", "none": None, "history": [{"epoch": 1, "variances": {"stem": [1.0, 2.0]}}],
-             "learner": {"network": SMALL, "optimizer": {"state": {0: {"momentum_buffer": torch.randn(3)}},
-                                                            "param_groups": [{"params": [0]}]}}}
+    state = {
+        "position": 12,
+        "seconds": 0.1,
+        "name": "vid",
+        "none": None,
+        "history": [{"epoch": 1, "variances": {"stem": [1.0, 2.0]}}],
+        "learner": {
+            "network": SMALL,
+            "optimizer": {
+                "state": {0: {"momentum_buffer": torch.randn(3)}},
+                "param_groups": [{"params": [0]}],
+            },
+        },
+    }
     save_state(tmp_path / "a.resume", state)
     loaded = load_state(tmp_path / "a.resume")
     buffers = [s["learner"]["optimizer"]["state"][0].pop("momentum_buffer") for s in (loaded, state)]
@@ -200,11 +286,18 @@ def test_a_state_comes_back_equal_with_its_structure(tmp_path):
     assert loaded == state
 
 
-@pytest.mark.parametrize("write", [
-    pytest.param(lambda content, path: torch.save(content, path), id="zip"),
-    pytest.param(lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False), id="legacy"),
-    pytest.param(lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)), id="bare-pickle"),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda content, path: torch.save(content, path), id="zip"),
+        pytest.param(
+            lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False), id="legacy"
+        ),
+        pytest.param(
+            lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)), id="bare-pickle"
+        ),
+    ],
+)
 def test_code_in_a_torch_file_does_not_run(tmp_path, write, canary):
     write({"model": {"conv1.weight": torch.ones(1), "x": canary}}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="a.pth: not a readable torch file of tensors"):
@@ -233,10 +326,14 @@ def test_missing_weights_and_a_folder_in_their_place_are_named(tmp_path):
 def test_the_metadata_of_a_file_can_be_read_by_any_safetensors_reader(tmp_path):
     save_weights(tmp_path / "a.safetensors", SMALL, {"architecture": "WRN-16-1"})
     with safe_open(tmp_path / "a.safetensors", framework="np") as file:
-        assert json.loads(file.metadata()["fastvid"])["architecture"] == "WRN-16-1" and set(file.keys()) == set(SMALL)
+        assert json.loads(file.metadata()["fastvid"])["architecture"] == "WRN-16-1" and set(
+            file.keys()
+        ) == set(SMALL)
 
 
-@pytest.mark.parametrize("metadata", [{"classes": "zero,one", "normalisation": "imagenet"}, None], ids=["of-others", "none"])
+@pytest.mark.parametrize(
+    "metadata", [{"classes": "zero,one", "normalisation": "imagenet"}, None], ids=["of-others", "none"]
+)
 def test_metadata_of_other_programs_says_nothing(tmp_path, metadata):
     save_file(SMALL, tmp_path / "a.safetensors", metadata)
     assert load_weights(tmp_path / "a.safetensors")[1] == {}
@@ -250,16 +347,24 @@ def test_metadata_of_ours_that_is_damaged_is_refused(tmp_path, text):
 
 
 @pytest.mark.survival("wrong but well-formed")
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda tensor: tensor.to_sparse(), id="sparse"), pytest.param(lambda tensor: tensor.to("meta"), id="meta"),
-    pytest.param(lambda tensor: tensor.to(torch.complex64), id="complex"),
-    pytest.param(lambda tensor: tensor.to(torch.int32), id="integer"),
-    pytest.param(lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), id="quantized")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda tensor: tensor.to_sparse(), id="sparse"),
+        pytest.param(lambda tensor: tensor.to("meta"), id="meta"),
+        pytest.param(lambda tensor: tensor.to(torch.complex64), id="complex"),
+        pytest.param(lambda tensor: tensor.to(torch.int32), id="integer"),
+        pytest.param(lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), id="quantized"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_weights_that_are_no_plain_numbers_are_refused_with_their_name(tmp_path, change):
     state = WideResNet(10, 1).state_dict()
     torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="a.pth(: not a readable torch file| holds weights that are no plain numbers .*: fc.weight: )"):
+    with pytest.raises(
+        InputError,
+        match="a.pth(: not a readable torch file| holds weights that are no plain numbers .*: fc.weight: )",
+    ):
         load_network(tmp_path / "a.pth", 10, 1, 10)
 
 

@@ -1,4 +1,5 @@
 """Files that were damaged on their way, and files that were made to do harm: none loads silently different, none runs code."""
+
 import dataclasses
 import pickle
 import random
@@ -32,14 +33,20 @@ def flat(value):
     if isinstance(value, np.ndarray):
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, dict):
-        return [(key, flat(entry)) for key, entry in sorted(value.items(), key=str)]  # safetensors keeps no order
+        return [
+            (key, flat(entry)) for key, entry in sorted(value.items(), key=str)
+        ]  # safetensors keeps no order
     return [flat(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def weights_file(folder, cifar100_root):
     path = folder / "a.safetensors"
-    checkpoint.save_weights(path, network().state_dict(), {"classes": ["a", "b"], "accuracy": 91.22, "dataset": "digits"})
-    return path, lambda: flat([(w := checkpoint.load_weights(path)).tensors, {**w.metadata, "verified": None}])
+    checkpoint.save_weights(
+        path, network().state_dict(), {"classes": ["a", "b"], "accuracy": 91.22, "dataset": "digits"}
+    )
+    return path, lambda: flat(
+        [(w := checkpoint.load_weights(path)).tensors, {**w.metadata, "verified": None}]
+    )
 
 
 def torch_file(folder, cifar100_root):
@@ -50,9 +57,17 @@ def torch_file(folder, cifar100_root):
 
 def resume_file(folder, cifar100_root):
     path, state = folder / "a.resume", network().state_dict()
-    checkpoint.save_state(path, {"identity": {"method": ["vid"], "learning_rate": 0.1}, "position": 12, "seconds": 3.5, "ranks": 1,
-                                 "history": [dataclasses.asdict(point) for point in RESULT.history],
-                                 "learner": {"network": state, "optimizer": {"state": {0: {"momentum_buffer": torch.randn(9)}}}}})
+    checkpoint.save_state(
+        path,
+        {
+            "identity": {"method": ["vid"], "learning_rate": 0.1},
+            "position": 12,
+            "seconds": 3.5,
+            "ranks": 1,
+            "history": [dataclasses.asdict(point) for point in RESULT.history],
+            "learner": {"network": state, "optimizer": {"state": {0: {"momentum_buffer": torch.randn(9)}}}},
+        },
+    )
     return path, lambda: flat(checkpoint.load_state(path))
 
 
@@ -86,7 +101,9 @@ def results_file(folder, cifar100_root):
         assert all(run in written for run in found)
         lost = sum(run not in found for run in written)
         if lost and not notes:
-            assert path.read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[:4 - lost]), "lost without a word"
+            assert path.read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[: 4 - lost]), (
+                "lost without a word"
+            )
         return "the written ones"
 
     return path, load
@@ -106,14 +123,14 @@ def mutants(content, count, seed):
         elif kind == "cut":
             del mutant[spot:]
         elif kind == "zeroed":
-            mutant[spot:spot + length] = bytes(length)
+            mutant[spot : spot + length] = bytes(length)
         elif kind == "repeated":
             source = choose.randrange(len(content) - length + 1)
-            mutant[spot:spot + length] = content[source:source + length]
+            mutant[spot : spot + length] = content[source : source + length]
         elif kind == "removed":
-            del mutant[spot:spot + length]
+            del mutant[spot : spot + length]
         else:
-            mutant[spot:spot + length] = choose.randbytes(length)
+            mutant[spot : spot + length] = choose.randbytes(length)
         yield kind, bytes(mutant)
 
 
@@ -136,8 +153,11 @@ def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar100_root,
         slowest = max(slowest, time.monotonic() - began)
     assert slowest < 5
     name = make.__name__.replace("_", " ")
-    figure(f"damaged {name}", f"{MUTANTS:,} mutants: 0 load differently, {refused:,} refused in one line, the others unharmed, "
-           f"skipped with a note or made again; the slowest answer took {slowest:.2f} s")
+    figure(
+        f"damaged {name}",
+        f"{MUTANTS:,} mutants: 0 load differently, {refused:,} refused in one line, the others unharmed, "
+        f"skipped with a note or made again; the slowest answer took {slowest:.2f} s",
+    )
 
 
 def test_a_cut_of_a_results_file_between_two_lines_is_an_earlier_state_of_it(tmp_path):
@@ -147,6 +167,7 @@ def test_a_cut_of_a_results_file_between_two_lines_is_an_earlier_state_of_it(tmp
 
 
 # --- whole files, in another's place
+
 
 def test_swapped_files_of_a_data_set_or_of_its_cache_are_noticed(cifar100_root):
     expected = read_cifar(cifar100_root)
@@ -166,8 +187,12 @@ def test_a_cache_of_official_cifar10_with_other_images_is_not_believed(cifar10_r
     path = tmp_path / "data" / datasets.CACHE / "cifar10-test.safetensors"
     spec = datasets._CIFAR["cifar10"]
     forged = {"images": 255 - cifar10_test.images, "labels": cifar10_test.labels}
-    cache.write(path, " ".join((*spec.test.values(), spec.meta[1])), forged,
-                {"class_names": cifar10_test.class_names, "mean": spec.mean, "std": spec.std})
+    cache.write(
+        path,
+        " ".join((*spec.test.values(), spec.meta[1])),
+        forged,
+        {"class_names": cifar10_test.class_names, "mean": spec.mean, "std": spec.std},
+    )
     assert datasets.load("cifar10", tmp_path / "data", "test").sha256() == cifar10_test.sha256()
 
 
@@ -177,8 +202,12 @@ def test_of_a_data_set_whose_hash_is_not_known_no_cache_is_believed_or_kept(cifa
     path = cifar100_root / datasets.CACHE / "cifar100-train.safetensors"
     assert path.is_file(), "with a known hash it is kept"
     arrays = datasets.load("cifar100", cifar100_root, "train")
-    cache.write(path, " ".join((*spec.train.values(), spec.meta[1])), {"images": 255 - arrays.images, "labels": arrays.labels},
-                {"class_names": arrays.class_names, "mean": spec.mean, "std": spec.std})
+    cache.write(
+        path,
+        " ".join((*spec.train.values(), spec.meta[1])),
+        {"images": 255 - arrays.images, "labels": arrays.labels},
+        {"class_names": arrays.class_names, "mean": spec.mean, "std": spec.std},
+    )
     monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(spec, sha256={}))
     assert read_cifar(cifar100_root) == expected
     shutil.rmtree(path.parent)
@@ -190,7 +219,11 @@ def test_of_a_data_set_whose_hash_is_not_known_no_cache_is_believed_or_kept(cifa
 SLOTS = {  # where somebody may hand a user a file: (its place, options of train, whether the run can go on without it)
     "teacher.pth": ("teacher.pth", ("--method", "kd", "--teacher", "teacher.pth"), False),
     "teacher.pt": ("teacher.pt", ("--method", "kd", "--teacher", "teacher.pt"), False),
-    "teacher.safetensors": ("teacher.safetensors", ("--method", "kd", "--teacher", "teacher.safetensors"), False),
+    "teacher.safetensors": (
+        "teacher.safetensors",
+        ("--method", "kd", "--teacher", "teacher.safetensors"),
+        False,
+    ),
     "resume": ("out/student-7-seed0.resume", (), False),
     "results": ("out/results.jsonl", (), True),
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
@@ -200,10 +233,18 @@ SLOTS = {  # where somebody may hand a user a file: (its place, options of train
 }
 
 
-@pytest.mark.parametrize("write", [
-    pytest.param(lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)), id="pickle"),
-    pytest.param(lambda content, path: torch.save({"state_dict": {"conv1.weight": torch.ones(1), "x": content}}, path), id="torch"),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)), id="pickle"),
+        pytest.param(
+            lambda content, path: torch.save(
+                {"state_dict": {"conv1.weight": torch.ones(1), "x": content}}, path
+            ),
+            id="torch",
+        ),
+    ],
+)
 @pytest.mark.parametrize("slot", SLOTS)
 def test_code_in_a_file_never_runs(slot, write, tmp_path, monkeypatch, capsys, canary):
     monkeypatch.chdir(tmp_path)
@@ -213,8 +254,28 @@ def test_code_in_a_file_never_runs(slot, write, tmp_path, monkeypatch, capsys, c
     if path.parts[0] == "out":
         (path.parent / results.FILE).touch()
     write(canary, path)
-    code = cli.main(["train", "--dataset", "digits", "--per-class", "7", "--batch-size", "35", "--epochs", "1", "--student-depth", "10",
-                     "--device", "cpu", "--data", "data", "--out", "out", *options])
+    code = cli.main(
+        [
+            "train",
+            "--dataset",
+            "digits",
+            "--per-class",
+            "7",
+            "--batch-size",
+            "35",
+            "--epochs",
+            "1",
+            "--student-depth",
+            "10",
+            "--device",
+            "cpu",
+            "--data",
+            "data",
+            "--out",
+            "out",
+            *options,
+        ]
+    )
     said = capsys.readouterr().err
     assert not canary.sang and "Traceback" not in said
     assert code == (0 if goes_on and "holds no result" not in said else 2), said

@@ -18,7 +18,10 @@ RED, GREEN, BLUE = (220, 20, 40), (30, 200, 60), (10, 60, 180)
 
 # --- official CIFAR files
 
-@pytest.mark.parametrize("name, official", [("cifar10", torchvision.datasets.CIFAR10), ("cifar100", torchvision.datasets.CIFAR100)])
+
+@pytest.mark.parametrize(
+    "name, official", [("cifar10", torchvision.datasets.CIFAR10), ("cifar100", torchvision.datasets.CIFAR100)]
+)
 def test_md5_lists_are_those_of_torchvision(name, official):
     spec = datasets._CIFAR[name]
     assert [list(entry) for entry in spec.train.items()] == official.train_list
@@ -29,7 +32,9 @@ def test_md5_lists_are_those_of_torchvision(name, official):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_official_cifar10_gives_the_images_labels_and_names_of_torchvision_in_the_same_order(split, cifar10_root, request):
+def test_official_cifar10_gives_the_images_labels_and_names_of_torchvision_in_the_same_order(
+    split, cifar10_root, request
+):
     ours = request.getfixturevalue(f"cifar10_{split}")
     theirs = torchvision.datasets.CIFAR10(cifar10_root, train=split == "train", download=False)
     assert ours.images.dtype == np.uint8 and ours.images.flags.c_contiguous
@@ -44,7 +49,9 @@ def test_normalising_constants_of_cifar10_are_those_of_its_training_images(cifar
 
 
 def test_channel_statistics_are_mean_and_standard_deviation_over_all_pixels():
-    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)).astype(np.uint8) // np.array([1, 2, 8], np.uint8)  # channels differ
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3)).astype(np.uint8) // np.array(
+        [1, 2, 8], np.uint8
+    )  # channels differ
     mean, std = channel_statistics(images)
     pixels = images.reshape(-1, 3) / 255
     assert mean == tuple(pixels.mean(axis=0).round(4)) and std == tuple(pixels.std(axis=0).round(4))
@@ -61,18 +68,28 @@ def test_cifar100_layout_gives_fine_labels_and_rgb_planes_as_pixels(split, cifar
     assert arrays.class_names == ("apple", "fish", "baby")
     assert arrays.labels.tolist() == content["fine_labels"]
     for image, row, column, channel in [(0, 0, 0, 0), (1, 3, 30, 1), (3, 31, 2, 2)]:
-        assert arrays.images[image, row, column, channel] == content["data"][image, channel * 1024 + row * 32 + column]
+        assert (
+            arrays.images[image, row, column, channel]
+            == content["data"][image, channel * 1024 + row * 32 + column]
+        )
 
 
-@pytest.mark.parametrize("name, file", [
-    pytest.param("cifar10", "data_batch_1", id="first-file-of-images"),
-    pytest.param("cifar100", "meta", id="class-names"),
-])
-def test_a_file_with_another_md5_is_refused_before_it_is_unpickled(name, file, cifar100_root, tmp_path, canary):
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        pytest.param("cifar10", "data_batch_1", id="first-file-of-images"),
+        pytest.param("cifar100", "meta", id="class-names"),
+    ],
+)
+def test_a_file_with_another_md5_is_refused_before_it_is_unpickled(
+    name, file, cifar100_root, tmp_path, canary
+):
     path = tmp_path / datasets._CIFAR[name].folder / file
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(pickle.dumps(canary))
-    with pytest.raises(InputError, match=rf"{file}: md5 is .* damaged or another file; unpack the official archive again"):
+    with pytest.raises(
+        InputError, match=rf"{file}: md5 is .* damaged or another file; unpack the official archive again"
+    ):
         datasets.load(name, tmp_path, "train")
     assert not canary.sang
 
@@ -87,7 +104,9 @@ def test_a_flipped_bit_in_the_images_is_refused(cifar100_root):
 
 
 def test_a_missing_cifar_folder_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(InputError, match=r"no cifar-10-batches-py in .*: point --data at .* or add --download"):
+    with pytest.raises(
+        InputError, match=r"no cifar-10-batches-py in .*: point --data at .* or add --download"
+    ):
         datasets.load("cifar10", tmp_path / "nowhere", "train")
     assert not datasets.located("cifar10", tmp_path / "nowhere")
 
@@ -97,11 +116,15 @@ def test_a_missing_cifar_file_is_named_with_the_remedy(file, cifar100_root):
     assert datasets.located("cifar100", cifar100_root)
     (cifar100_root / "cifar-100-python" / file).unlink()
     assert not datasets.located("cifar100", cifar100_root)
-    with pytest.raises(InputError, match=rf"{file}: No such file or directory: unpack the official archive again, or add --download"):
+    with pytest.raises(
+        InputError,
+        match=rf"{file}: No such file or directory: unpack the official archive again, or add --download",
+    ):
         datasets.load("cifar100", cifar100_root, "train")
 
 
 # --- image folders
+
 
 def save(path, colour, size=(32, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +176,9 @@ def test_a_file_name_that_is_not_utf8_is_named(folder):
     name = os.path.join(os.fsencode(folder / "train/ant"), b"\xff\xfe.png")
     with open(name, "wb") as file:
         file.write((folder / "train/ant/a.png").read_bytes())
-    with pytest.raises(InputError, match=r"train/ant: the file name '\\udcff\\udcfe.png' is not UTF-8: rename it"):
+    with pytest.raises(
+        InputError, match=r"train/ant: the file name '\\udcff\\udcfe.png' is not UTF-8: rename it"
+    ):
         datasets.load("folder", folder, "train")
 
 
@@ -178,6 +203,7 @@ def test_a_missing_folder_of_a_split_is_named_with_the_layout(split, folder):
 
 # --- digits
 
+
 @pytest.fixture(scope="module")
 def digits():
     return {split: datasets.load("digits", "ignored", split) for split in ("train", "test")}
@@ -194,10 +220,14 @@ def test_each_digit_of_scikit_learn_is_in_one_split_enlarged_to_32x32_grey_rgb(d
     labels = np.concatenate([digits[split].labels for split in ("train", "test")])
     assert images.shape == (1797, 32, 32, 3) and images.dtype == np.uint8
     assert images.min() == 0 and images.max() == 255
-    assert (images == images[:, ::4, ::4, :1].repeat(4, axis=1).repeat(4, axis=2)).all()  # 4x4 equal pixels, three equal channels
+    assert (
+        images == images[:, ::4, ::4, :1].repeat(4, axis=1).repeat(4, axis=2)
+    ).all()  # 4x4 equal pixels, three equal channels
     levels = np.round(images[:, ::4, ::4, 0] / 255 * 16).astype(int).reshape(-1, 64)
     ours = sorted(map(tuple, np.column_stack((levels, labels))))
-    assert ours == sorted(map(tuple, np.column_stack((source.images.astype(int).reshape(-1, 64), source.target))))
+    assert ours == sorted(
+        map(tuple, np.column_stack((source.images.astype(int).reshape(-1, 64), source.target)))
+    )
     assert not {i.tobytes() for i in digits["train"].images} & {i.tobytes() for i in digits["test"].images}
 
 
@@ -207,6 +237,7 @@ def test_both_splits_of_digits_are_normalised_by_the_training_images(digits):
 
 
 # --- subsets
+
 
 @pytest.fixture
 def arrays():
@@ -222,7 +253,9 @@ def numbers(arrays):
 
 def places(arrays, chosen):
     """The numbers of the images that `chosen` takes out of each class's list, in file order."""
-    return sorted(i for label in range(3) for i in chosen([i for i in range(60) if arrays.labels[i] == label]))
+    return sorted(
+        i for label in range(3) for i in chosen([i for i in range(60) if arrays.labels[i] == label])
+    )
 
 
 @pytest.mark.parametrize("per_class", [1, 5, 12])
@@ -258,19 +291,27 @@ def test_a_holdout_that_leaves_a_class_empty_names_the_class_and_the_largest_tha
 
 # --- borders
 
+
 def test_unknown_names_are_refused_with_the_choices(tmp_path):
-    with pytest.raises(InputError, match="unknown data set 'mnist': choose from cifar10, cifar100, folder, digits"):
+    with pytest.raises(
+        InputError, match="unknown data set 'mnist': choose from cifar10, cifar100, folder, digits"
+    ):
         datasets.load("mnist", tmp_path, "train")
     with pytest.raises(InputError, match="unknown split 'validation': choose train or test"):
         datasets.load("digits", tmp_path, "validation")
 
 
-@pytest.mark.parametrize("name, download, modules, package", [
-    pytest.param("digits", False, ("sklearn", "sklearn.datasets"), "scikit-learn", id="digits"),
-    pytest.param("folder", False, ("PIL", "nvidia.dali"), "Pillow", id="folder"),
-    pytest.param("cifar10", True, ("torchvision",), "torchvision", id="download"),
-])
-def test_a_missing_optional_package_is_named_with_the_command_that_brings_it(name, download, modules, package, folder, monkeypatch):
+@pytest.mark.parametrize(
+    "name, download, modules, package",
+    [
+        pytest.param("digits", False, ("sklearn", "sklearn.datasets"), "scikit-learn", id="digits"),
+        pytest.param("folder", False, ("PIL", "nvidia.dali"), "Pillow", id="folder"),
+        pytest.param("cifar10", True, ("torchvision",), "torchvision", id="download"),
+    ],
+)
+def test_a_missing_optional_package_is_named_with_the_command_that_brings_it(
+    name, download, modules, package, folder, monkeypatch
+):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"needs {package}: pip install"):
@@ -278,6 +319,8 @@ def test_a_missing_optional_package_is_named_with_the_command_that_brings_it(nam
 
 
 def test_data_sets_and_plan_work_without_importing_torch(folder):
-    program = (f"import sys; from fastvid import datasets, plan; datasets.load('folder', {str(folder)!r}, 'train').subset(1); "
-               "plan.BatchPlan(5, 2, seed=0).batch(0, 0); sys.exit('torch' in sys.modules)")
+    program = (
+        f"import sys; from fastvid import datasets, plan; datasets.load('folder', {str(folder)!r}, 'train').subset(1); "
+        "plan.BatchPlan(5, 2, seed=0).batch(0, 0); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,5 @@
 """Files of images to pixels: the same by DALI and by Pillow, and a damaged one is named."""
+
 import io
 import sys
 
@@ -26,8 +27,14 @@ def decoder(request, monkeypatch):
 def noise(height=32, width=32, seed=0):
     """Smooth colours with detail, as a photograph has."""
     random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    return Image.fromarray((np.asarray(coarse).astype(int) + random.integers(-20, 20, (height, width, 3))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return Image.fromarray(
+        (np.asarray(coarse).astype(int) + random.integers(-20, 20, (height, width, 3)))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def grey16():
@@ -79,7 +86,9 @@ def save(folder, name, image, options):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillow(name, tmp_path, monkeypatch):
+def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillow(
+    name, tmp_path, monkeypatch
+):
     if not decode.dali_is_installed():
         pytest.skip("DALI is not installed")
     path = save(tmp_path, name, *FORMATS[name])
@@ -89,11 +98,18 @@ def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillo
     assert np.array_equal(by_dali, decode.images([path]))
 
 
-@pytest.mark.parametrize("image, expected", [
-    pytest.param(Image.new("L", (32, 32), 100), (100, 100, 100), id="greyscale"),
-    pytest.param(Image.new("RGBA", (32, 32), (*GREEN, 128)), GREEN, id="alpha-is-dropped"),
-    pytest.param(Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)), (100, 100, 100), id="sixteen-bit-greyscale"),
-])
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        pytest.param(Image.new("L", (32, 32), 100), (100, 100, 100), id="greyscale"),
+        pytest.param(Image.new("RGBA", (32, 32), (*GREEN, 128)), GREEN, id="alpha-is-dropped"),
+        pytest.param(
+            Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)),
+            (100, 100, 100),
+            id="sixteen-bit-greyscale",
+        ),
+    ],
+)
 def test_other_pixel_formats_become_rgb(image, expected, tmp_path, decoder):
     assert (decode.images([save(tmp_path, "a.png", image, {})]) == expected).all()
 
@@ -115,7 +131,7 @@ def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(tm
     pixels[..., 0] = 255
     pixels[:32, 16:80] = (0, 50, 0)  # the central square: dark above, bright below
     pixels[32:, 16:80] = (0, 250, 0)
-    image, = decode.images([save(tmp_path, "a.png", Image.fromarray(pixels), {})])
+    (image,) = decode.images([save(tmp_path, "a.png", Image.fromarray(pixels), {})])
     # the bicubic kernel, scaled by 2, reaches 4 pixels of the source: 2 of the result
     assert image[:, 2:-2, 0].max() == 0  # the red sides are gone
     assert (image[:14, 2:-2, 1] == 50).all() and (image[18:, 2:-2, 1] == 250).all()
@@ -141,22 +157,29 @@ def with_components(count):
     return bytes(content)
 
 
-@pytest.mark.parametrize("content", [
-    pytest.param(encoded("PNG")[:1000], id="cut-png"),
-    pytest.param(encoded("JPEG")[:1000], id="cut-jpg"),
-    pytest.param(encoded("PNG")[:60] + bytes(60) + encoded("PNG")[120:], id="zeroed-block"),
-    pytest.param(b"<html>", id="another-file"),
-    pytest.param(with_components(200), id="jpeg-of-200-components"),
-    pytest.param(with_components(2), id="jpeg-of-2-components"),
-    pytest.param(encoded("GIF"), id="gif"),
-    pytest.param(encoded("BMP"), id="bmp"),
-    pytest.param(b"", id="empty"),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(encoded("PNG")[:1000], id="cut-png"),
+        pytest.param(encoded("JPEG")[:1000], id="cut-jpg"),
+        pytest.param(encoded("PNG")[:60] + bytes(60) + encoded("PNG")[120:], id="zeroed-block"),
+        pytest.param(b"<html>", id="another-file"),
+        pytest.param(with_components(200), id="jpeg-of-200-components"),
+        pytest.param(with_components(2), id="jpeg-of-2-components"),
+        pytest.param(encoded("GIF"), id="gif"),
+        pytest.param(encoded("BMP"), id="bmp"),
+        pytest.param(b"", id="empty"),
+    ],
+)
 @pytest.mark.parametrize("position", [0, 70])  # alone, and among many
-def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(content, position, tmp_path, decoder, capfd):
+def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(
+    content, position, tmp_path, decoder, capfd
+):
     paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(position + 2)]
     paths[position].write_bytes(content)
-    with pytest.raises(InputError, match=rf"/{position}.png: not a readable PNG or JPEG image: replace or remove it"):
+    with pytest.raises(
+        InputError, match=rf"/{position}.png: not a readable PNG or JPEG image: replace or remove it"
+    ):
         decode.images(paths)
     assert capfd.readouterr() == ("", "")
 
@@ -174,8 +197,11 @@ def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path, decoder):
         content = bytearray(encoded(random.choice(["PNG", "JPEG"])))
         spot = random.integers(len(content) if random.random() < 0.5 else 700)
         damage = random.choice(["flip", "cut", "zero"])
-        content[spot:] = {"flip": bytes([content[spot] ^ 1 << random.integers(8)]) + content[spot + 1:], "cut": b"",
-                          "zero": bytes(min(64, len(content) - spot)) + content[spot + 64:]}[damage]
+        content[spot:] = {
+            "flip": bytes([content[spot] ^ 1 << random.integers(8)]) + content[spot + 1 :],
+            "cut": b"",
+            "zero": bytes(min(64, len(content) - spot)) + content[spot + 64 :],
+        }[damage]
         paths[7].write_bytes(content)
         try:
             assert decode.images(paths).shape == (64, 32, 32, 3)

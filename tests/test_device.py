@@ -1,4 +1,5 @@
 """What a run sets up on its device. What concerns a whole process, and would outlast a test, is measured in processes of their own."""
+
 import json
 import os
 import platform
@@ -16,8 +17,12 @@ CPU = torch.device("cpu")
 MIB = 2**20
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_autocast_computes_in_the_type_of_the_precision_and_leaves_parameters_in_theirs(device, precision, dtype):
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_autocast_computes_in_the_type_of_the_precision_and_leaves_parameters_in_theirs(
+    device, precision, dtype
+):
     weight, images = torch.randn(4, 4, device=device, requires_grad=True), torch.randn(2, 4, device=device)
     with autocast(torch.device(device), precision):
         assert F.linear(images, weight).dtype == dtype
@@ -53,16 +58,21 @@ def threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("processes, variable, expected", [
-    pytest.param(3, "1", 4, id="as-torchrun-starts-them"),
-    pytest.param(3, None, 4, id="nothing-said"),
-    pytest.param(5, "1", 2, id="cores-that-do-not-divide"),
-    pytest.param(20, "1", 1, id="more-processes-than-cores"),
-    pytest.param(3, "2", 7, id="as-the-user-says"),
-    pytest.param(1, "1", 7, id="alone"),
-    pytest.param(1, None, 7, id="alone-and-nothing-said"),
-])
-def test_processes_on_one_machine_share_its_cores_unless_the_user_says_how_many_threads(threads, processes, variable, expected):
+@pytest.mark.parametrize(
+    "processes, variable, expected",
+    [
+        pytest.param(3, "1", 4, id="as-torchrun-starts-them"),
+        pytest.param(3, None, 4, id="nothing-said"),
+        pytest.param(5, "1", 2, id="cores-that-do-not-divide"),
+        pytest.param(20, "1", 1, id="more-processes-than-cores"),
+        pytest.param(3, "2", 7, id="as-the-user-says"),
+        pytest.param(1, "1", 7, id="alone"),
+        pytest.param(1, None, 7, id="alone-and-nothing-said"),
+    ],
+)
+def test_processes_on_one_machine_share_its_cores_unless_the_user_says_how_many_threads(
+    threads, processes, variable, expected
+):
     interop = torch.get_num_interop_threads()
     assert threads(processes, variable) == expected
     assert torch.get_num_interop_threads() == interop

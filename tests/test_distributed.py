@@ -2,6 +2,7 @@
 
 Jobs have two ranks on the CPU. Started as a script, by torchrun, this file is the rank of such a job that a test wants to look into.
 """
+
 import dataclasses
 import hashlib
 import io
@@ -37,13 +38,54 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 PATIENCE = 180  # seconds for a job that takes ten on a free core
 
 # 40 images: 13 + 13 + 13 + 1 an epoch, so one rank has 7 images and the other 6, and at the end 1 and none.
-TINY = ["--device", "cpu", "--dataset", "digits", "--batch-size", "13", "--evaluations", "2", "--student-depth", "10",
-        "--teacher-depth", "10", "--teacher-width", "2"]
-GROUP = ["train", *TINY, "--method", "student,vid", "--per-class", "5", "--validation-per-class", "1", "--epochs", "16"]
+TINY = [
+    "--device",
+    "cpu",
+    "--dataset",
+    "digits",
+    "--batch-size",
+    "13",
+    "--evaluations",
+    "2",
+    "--student-depth",
+    "10",
+    "--teacher-depth",
+    "10",
+    "--teacher-width",
+    "2",
+]
+GROUP = [
+    "train",
+    *TINY,
+    "--method",
+    "student,vid",
+    "--per-class",
+    "5",
+    "--validation-per-class",
+    "1",
+    "--epochs",
+    "16",
+]
 STEPS = 16 * 4
-GRID = ["reproduce", *TINY, "--methods", "student,vid", "--fractions", "5,4,3", "--seeds", "2", "--epochs", "1", "--batch-size", "40",
-        "--loader", "torch"]
-CELLS = {(method, per_class, seed) for method in ("student", "vid") for per_class in (7, 6, 4) for seed in (0, 1)}
+GRID = [
+    "reproduce",
+    *TINY,
+    "--methods",
+    "student,vid",
+    "--fractions",
+    "5,4,3",
+    "--seeds",
+    "2",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "40",
+    "--loader",
+    "torch",
+]
+CELLS = {
+    (method, per_class, seed) for method in ("student", "vid") for per_class in (7, 6, 4) for seed in (0, 1)
+}
 
 
 class Job(NamedTuple):
@@ -64,9 +106,23 @@ class Job(NamedTuple):
 
 def start(out, *arguments, program=("-m", "fastvid")):
     """Two ranks of `fastvid ARGUMENTS --out OUT`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *arguments]
-    return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # as torchrun writes it itself, with a warning
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *program,
+        *arguments,
+    ]
+    return subprocess.Popen(
+        [*command, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # as torchrun writes it itself, with a warning
 
 
 def this_file(folder, *first):
@@ -101,7 +157,9 @@ def kill(rank, folder):
 
 def no_rank_left_a_traceback(job):
     """Of torchrun's own there is one."""
-    return job.err.count("Traceback") == 1 and not re.search(r'File "[^"]*/fastvid/[^"/]*\.py"|terminate called', job.err)
+    return job.err.count("Traceback") == 1 and not re.search(
+        r'File "[^"]*/fastvid/[^"/]*\.py"|terminate called', job.err
+    )
 
 
 def weights(found):
@@ -117,7 +175,10 @@ METHODS = {
     "kd+at": TrainConfig(method=("kd+at",)),
 }
 BATCHES = {  # images of the whole batch, of which a rank takes every second, and whether batch norms take statistics of their batch
-    "twins": (8, True),  # every image twice, once for each rank, so that the statistics of a part are those of the whole
+    "twins": (
+        8,
+        True,
+    ),  # every image twice, once for each rank, so that the statistics of a part are those of the whole
     "halves": (8, False),
     "uneven": (5, False),
     "one-image-for-two-ranks": (1, False),
@@ -134,7 +195,9 @@ def trained(method, batch, ranks=ALONE):
     teacher, network = WideResNet(10, 2).double().eval(), WideResNet(10, 1).double()
     learner = Learner(method, network, build(method, config, network, teacher).double(), config, CPU)
     state = {**network.state_dict(prefix="network."), **learner.method.state_dict(prefix="method.")}
-    state = {name: tensor for name, tensor in state.items() if "running_var" not in name}  # unbiased: by the size of the part
+    state = {
+        name: tensor for name, tensor in state.items() if "running_var" not in name
+    }  # unbiased: by the size of the part
     before = {name: tensor.clone() for name, tensor in state.items()}
 
     images, labels = torch.randn(count, 3, 8, 8, dtype=torch.float64), torch.randint(10, (count,))
@@ -155,7 +218,9 @@ def trained(method, batch, ranks=ALONE):
 def in_float64(patch):
     """The few places of a step that are in fp32, whatever the images are, let float64 pass."""
     single = torch.Tensor.float
-    patch.setattr(torch.Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else single(tensor))
+    patch.setattr(
+        torch.Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else single(tensor)
+    )
     patch.setitem(DTYPES, "fp32", torch.float64)
 
 
@@ -163,7 +228,10 @@ def in_float64(patch):
 def looked_into(tmp_path_factory, teacher):
     """The folder of a job that made the steps of CASES, trained GROUP without interruption, and left what each rank has of both."""
     folder = tmp_path_factory.mktemp("looked-into")
-    job = end(start(folder / "out", *GROUP, "--teacher", teacher, program=this_file(folder, "steps")), folder / "out")
+    job = end(
+        start(folder / "out", *GROUP, "--teacher", teacher, program=this_file(folder, "steps")),
+        folder / "out",
+    )
     assert job.code == 0, job.err
     return folder, job
 
@@ -175,23 +243,31 @@ def test_two_ranks_step_as_one_does_on_the_whole_batch(looked_into, monkeypatch,
     with monkeypatch.context() as patch:
         in_float64(patch)
         before, alone = trained(method, batch)
-    torch.testing.assert_close(first.pop("loss_sums") + second.pop("loss_sums"), alone.pop("loss_sums"), rtol=1e-6, atol=1e-6)  # fp32
+    torch.testing.assert_close(
+        first.pop("loss_sums") + second.pop("loss_sums"), alone.pop("loss_sums"), rtol=1e-6, atol=1e-6
+    )  # fp32
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items() if "running" not in name)
     assert all(tensor.dtype == torch.float64 for tensor in alone.values())
     moved = {name for name, tensor in alone.items() if (tensor - before[name]).abs().max() > 1e-6}
     assert len(moved) > len(alone) / 2
     for name, tensor in alone.items():
         # Sums of up to 512 products in another order: 1e-12 of the terms. A weight, a mean or an image that is wrong shows at 1e-6.
-        torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            first[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text: f"{name}: {text}"
+        )
 
 
 # --- a job from start to end
+
 
 def test_after_a_training_in_bf16_all_ranks_hold_the_same_bits_of_network_and_method(looked_into):
     folder, _ = looked_into
     first, second = (torch.load(folder / f"rank{rank}.pt")["parameters"] for rank in (0, 1))
     assert first == second and list(first) == ["student", "vid"]
-    assert len(first["vid"]) > len(first["student"]) and "module.method.transfers.vid.loss.raw_scales.3" in first["vid"]
+    assert (
+        len(first["vid"]) > len(first["student"])
+        and "module.method.transfers.vid.loss.raw_scales.3" in first["vid"]
+    )
 
 
 def test_ranks_share_out_the_batches_of_one_process_and_weigh_their_parts(looked_into):
@@ -202,7 +278,9 @@ def test_ranks_share_out_the_batches_of_one_process_and_weigh_their_parts(looked
     whole = [labels[plan.batch(epoch, step).indices].tolist() for epoch in range(16) for step in range(4)]
     for rank in (0, 1):
         assert [mine for mine, _ in taken[rank]] == [batch[rank::2] for batch in whole]
-        assert [weight for _, weight in taken[rank]] == [2 * len(batch[rank::2]) / len(batch) for batch in whole]
+        assert [weight for _, weight in taken[rank]] == [
+            2 * len(batch[rank::2]) / len(batch) for batch in whole
+        ]
 
 
 def test_the_losses_of_a_job_are_means_over_the_images_of_all_ranks(looked_into):
@@ -210,18 +288,26 @@ def test_the_losses_of_a_job_are_means_over_the_images_of_all_ranks(looked_into)
     first, second = (torch.load(folder / f"rank{rank}.pt")["loss_sums"] for rank in (0, 1))
     for run in job.found:
         assert first[run.method][0] > 0 and second[run.method][0] > 0
-        assert torch.equal((first[run.method] + second[run.method]) / 40,
-                           torch.tensor([run.history[-1].task_loss, run.history[-1].transfer_loss]))
+        assert torch.equal(
+            (first[run.method] + second[run.method]) / 40,
+            torch.tensor([run.history[-1].task_loss, run.history[-1].transfer_loss]),
+        )
 
 
-def test_a_job_leaves_one_result_and_one_file_of_weights_for_each_method_and_says_everything_once(looked_into):
+def test_a_job_leaves_one_result_and_one_file_of_weights_for_each_method_and_says_everything_once(
+    looked_into,
+):
     _, job = looked_into
     assert [(run.method, run.steps, run.environment["ranks"], run.group) for run in job.found] == [
-        (method, STEPS, 2, ["student", "vid"]) for method in ("student", "vid")]
+        (method, STEPS, 2, ["student", "vid"]) for method in ("student", "vid")
+    ]
     assert set(job.files) == {"results.jsonl", "student-5-seed0.safetensors", "vid-5-seed0.safetensors"}
     assert all(hashlib.sha256(job.files[run.weights]).hexdigest() == run.weights_sha256 for run in job.found)
     assert not job.out and job.said(r".*: batches by .*, engine eager, 2 ranks")
-    assert all(job.said(rf"{run.method} \| .*: {run.accuracy:.2f} % on validation after the last epoch .*") for run in job.found)
+    assert all(
+        job.said(rf"{run.method} \| .*: {run.accuracy:.2f} % on validation after the last epoch .*")
+        for run in job.found
+    )
     assert set(Counter(job.err.splitlines()).values()) == {1}
 
 
@@ -234,6 +320,7 @@ def test_a_second_start_trains_nothing_and_says_so_once(looked_into, teacher):
 
 
 # --- a job that is stopped, then loses a rank, then goes on to the end
+
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, teacher):
@@ -251,7 +338,17 @@ def bereft(stopped, teacher):
     out, _ = stopped
     resume = out / "vid-5-seed0.resume"
     before = resume.stat().st_mtime_ns
-    process = start(out, *GROUP, "--teacher", teacher, "--checkpoint-every", "1epoch", "--loader", "torch", program=this_file(out.parent))
+    process = start(
+        out,
+        *GROUP,
+        "--teacher",
+        teacher,
+        "--checkpoint-every",
+        "1epoch",
+        "--loader",
+        "torch",
+        program=this_file(out.parent),
+    )
     wait_for(lambda: resume.stat().st_mtime_ns > before, process)
     kill(1, out.parent)
     return out, end(process, out)
@@ -268,11 +365,15 @@ def test_sigterm_to_torchrun_stops_all_ranks_when_everything_is_saved(stopped):
     out, job = stopped
     assert job.code != 0 and job.seconds < 30 and not job.found
     assert set(job.files) == {"results.jsonl", "student-5-seed0.resume", "vid-5-seed0.resume"}
-    message, *_ = job.said(rf"fastvid: stopped after step \d+ of {STEPS}, all is saved in {out}: the same command goes on from there")
+    message, *_ = job.said(
+        rf"fastvid: stopped after step \d+ of {STEPS}, all is saved in {out}: the same command goes on from there"
+    )
     assert checkpoint.load_state(out / "vid-5-seed0.resume")["ranks"] == 2
     step = int(re.search(r"step (\d+)", message)[1])
-    assert 4 <= step < STEPS and all(torch.load(io.BytesIO(job.files[f"{method}-5-seed0.resume"]))["position"] == step
-                                     for method in ("student", "vid"))
+    assert 4 <= step < STEPS and all(
+        torch.load(io.BytesIO(job.files[f"{method}-5-seed0.resume"]))["position"] == step
+        for method in ("student", "vid")
+    )
     assert no_rank_left_a_traceback(job)
 
 
@@ -280,8 +381,11 @@ def test_a_killed_rank_ends_the_job_within_30_seconds_in_one_readable_line(beref
     _, job = bereft
     assert job.code != 0 and job.seconds < 30 and not job.found
     (line,) = job.said("fastvid: .*")
-    assert re.fullmatch(r"fastvid: rank 0 of 2 lost another one \([^()]+\): start the same command again, it goes on from the last "
-                        "checkpoint", line)
+    assert re.fullmatch(
+        r"fastvid: rank 0 of 2 lost another one \([^()]+\): start the same command again, it goes on from the last "
+        "checkpoint",
+        line,
+    )
     assert no_rank_left_a_traceback(job)
 
 
@@ -291,9 +395,13 @@ def test_one_process_does_not_go_on_with_what_two_have_begun(bereft, teacher, tm
         (tmp_path / name).write_bytes(content)
     assert cli.main([*GROUP, "--teacher", teacher, "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == (f"fastvid: error: {tmp_path}/student-5-seed0.resume was made with ranks = 2, but now it is 1: "
-                    "give the old settings, another --out, or delete the file")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if not path.name.startswith(".")} == job.files
+    assert line == (
+        f"fastvid: error: {tmp_path}/student-5-seed0.resume was made with ranks = 2, but now it is 1: "
+        "give the old settings, another --out, or delete the file"
+    )
+    assert {
+        path.name: path.read_bytes() for path in tmp_path.iterdir() if not path.name.startswith(".")
+    } == job.files
 
 
 def test_what_was_stopped_and_lost_a_rank_ends_with_the_bits_of_a_job_that_ran_through(finished, looked_into):
@@ -308,12 +416,20 @@ def test_what_was_stopped_and_lost_a_rank_ends_with_the_bits_of_a_job_that_ran_t
 
 # --- a grid
 
+
 @pytest.fixture(scope="module")
 def bereft_grid(tmp_path_factory):
     """A grid that lost its first rank as soon as two cells were done."""
     out = tmp_path_factory.mktemp("grid") / "out"
     process = start(out, *GRID, program=this_file(out.parent))
-    wait_for(lambda: out.exists() and (out / results.FILE).exists() and (out / results.FILE).read_bytes().count(b"\n") >= 3, process)
+    wait_for(
+        lambda: (
+            out.exists()
+            and (out / results.FILE).exists()
+            and (out / results.FILE).read_bytes().count(b"\n") >= 3
+        ),
+        process,
+    )
     kill(0, out.parent)
     return out, end(process, out)
 
@@ -330,14 +446,19 @@ def test_a_killed_rank_ends_a_grid_within_30_seconds(bereft_grid):
     assert 0 < len(weights(job.found).keys() & CELLS) < len(CELLS), "killed in the middle"
     assert no_rank_left_a_traceback(job) and not job.out
     (line,) = job.said("fastvid(, rank 1)?: .*")
-    assert re.match(r"fastvid(, rank 1)?: (stopped after step .* the same command goes on|rank 1 of 2 lost another one|interrupted)", line)
+    assert re.match(
+        r"fastvid(, rank 1)?: (stopped after step .* the same command goes on|rank 1 of 2 lost another one|interrupted)",
+        line,
+    )
 
 
 def test_the_next_start_completes_the_grid_and_prints_one_table(bereft_grid, finished_grid):
     _, before = bereft_grid
     assert finished_grid.code == 0, finished_grid.err
-    assert Counter((run.method, run.per_class, run.seed) for run in finished_grid.found) == Counter(CELLS | {("teacher", None, 0)})
-    assert finished_grid.found[:len(before.found)] == before.found
+    assert Counter((run.method, run.per_class, run.seed) for run in finished_grid.found) == Counter(
+        CELLS | {("teacher", None, 0)}
+    )
+    assert finished_grid.found[: len(before.found)] == before.found
     table = finished_grid.files["table.md"].decode()
     assert finished_grid.out.startswith(table.strip()) and finished_grid.out.count("Last epoch: ") == 1
 
@@ -351,11 +472,26 @@ def test_ranks_train_the_cells_of_a_grid_as_one_process_does(finished_grid, tmp_
 
 # --- who trains what
 
+
 def test_the_longest_groups_are_dealt_first_and_always_to_the_rank_that_has_least(tmp_path):
-    groups = [group(tmp_path, per_class, epochs) for per_class, epochs in ((10, 1), (10, 5), (20, 2), (None, 1), (10, 2))]
-    assert shares(groups, 2, class_size=45) == [[groups[0], groups[1], groups[4]], [groups[2], groups[3]]]  # 80 and 85 images
+    groups = [
+        group(tmp_path, per_class, epochs)
+        for per_class, epochs in ((10, 1), (10, 5), (20, 2), (None, 1), (10, 2))
+    ]
+    assert shares(groups, 2, class_size=45) == [
+        [groups[0], groups[1], groups[4]],
+        [groups[2], groups[3]],
+    ]  # 80 and 85 images
     assert shares(groups, 1, class_size=45) == [groups]
-    assert shares(groups, 7, class_size=45) == [[groups[1]], [groups[3]], [groups[2]], [groups[4]], [groups[0]], [], []]
+    assert shares(groups, 7, class_size=45) == [
+        [groups[1]],
+        [groups[3]],
+        [groups[2]],
+        [groups[4]],
+        [groups[0]],
+        [],
+        [],
+    ]
 
 
 def test_a_grid_of_equal_groups_is_dealt_evenly_and_in_order(tmp_path):
@@ -367,7 +503,10 @@ def test_what_is_finished_counts_nothing_but_stays_in_the_grid(tmp_path):
     groups = [group(tmp_path, 7, 4, seed=seed) for seed in range(4)]
     for seed, method in ((0, "student"), (0, "vid"), (1, "student")):
         results.append(tmp_path, a_result(method, 7, seed))
-    assert shares(groups, 2, class_size=140) == [[groups[1], groups[2]], [groups[0], groups[3]]]  # 28 + 56 and 0 + 56 images
+    assert shares(groups, 2, class_size=140) == [
+        [groups[1], groups[2]],
+        [groups[0], groups[3]],
+    ]  # 28 + 56 and 0 + 56 images
 
 
 def test_no_groups_are_shared_out_as_nothing():
@@ -375,22 +514,53 @@ def test_no_groups_are_shared_out_as_nothing():
 
 
 def group(out, per_class, epochs, seed=0):
-    return TrainConfig(dataset="digits", method=("student", "vid"), per_class=per_class, epochs=epochs, seed=seed, out=str(out))
+    return TrainConfig(
+        dataset="digits",
+        method=("student", "vid"),
+        per_class=per_class,
+        epochs=epochs,
+        seed=seed,
+        out=str(out),
+    )
 
 
 def a_result(method, per_class, seed):
     return RunResult(
-        dataset="digits", method=method, percent=5.0, per_class=per_class, seed=seed, accuracy=60.0, best_accuracy=60.0,
-        evaluated_on="test", train_images=70, steps=4, seconds=1.0, images_per_second=280.0, group=[method],
-        history=[Evaluation(4, 60.0, 2.0, 30.0, {})], weights="w.safetensors", weights_sha256="ab" * 32, data_sha256="da" * 32,
-        teacher_sha256=None, teacher_accuracy=None, config={}, environment={})
+        dataset="digits",
+        method=method,
+        percent=5.0,
+        per_class=per_class,
+        seed=seed,
+        accuracy=60.0,
+        best_accuracy=60.0,
+        evaluated_on="test",
+        train_images=70,
+        steps=4,
+        seconds=1.0,
+        images_per_second=280.0,
+        group=[method],
+        history=[Evaluation(4, 60.0, 2.0, 30.0, {})],
+        weights="w.safetensors",
+        weights_sha256="ab" * 32,
+        data_sha256="da" * 32,
+        teacher_sha256=None,
+        teacher_accuracy=None,
+        config={},
+        environment={},
+    )
 
 
 # --- one process
 
-@pytest.mark.parametrize("environment", [
-    pytest.param({}, id="plain"), pytest.param({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "one"}, id="torchrun-of-one"),
-    pytest.param({"WORLD_SIZE": "4", "RANK": "2"}, id="somebody-elses-variables")])
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "one"}, id="torchrun-of-one"),
+        pytest.param({"WORLD_SIZE": "4", "RANK": "2"}, id="somebody-elses-variables"),
+    ],
+)
 def test_without_other_processes_of_torchrun_a_process_is_alone(monkeypatch, environment):
     for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -419,15 +589,33 @@ def test_a_rank_takes_the_gpu_of_its_number_and_any_other_device_as_it_was_given
 RESET = "Read error [127.0.0.1]:3291: Connection reset by peer"
 
 
-@pytest.mark.parametrize("error, lost", [
-    pytest.param(RuntimeError(f"[/pytorch/third_party/gloo/transport/tcp/pair.cc:525] {RESET}. Look there.\nmore"), RESET, id="gloo"),
-    pytest.param(dist.DistNetworkError("The client socket has failed to connect"), "The client socket has failed to connect", id="network"),
-    pytest.param(dist.DistBackendError("NCCL communicator was aborted on rank 1"), "NCCL communicator was aborted on rank 1", id="nccl"),
-    pytest.param(RuntimeError("shapes do not fit"), None, id="bug"),
-])
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        pytest.param(
+            RuntimeError(f"[/pytorch/third_party/gloo/transport/tcp/pair.cc:525] {RESET}. Look there.\nmore"),
+            RESET,
+            id="gloo",
+        ),
+        pytest.param(
+            dist.DistNetworkError("The client socket has failed to connect"),
+            "The client socket has failed to connect",
+            id="network",
+        ),
+        pytest.param(
+            dist.DistBackendError("NCCL communicator was aborted on rank 1"),
+            "NCCL communicator was aborted on rank 1",
+            id="nccl",
+        ),
+        pytest.param(RuntimeError("shapes do not fit"), None, id="bug"),
+    ],
+)
 def test_the_error_of_a_broken_connection_becomes_a_lost_rank_and_no_other_error_does(error, lost):
-    expected = (f"rank 1 of 2 lost another one ({lost}): start the same command again, it goes on from the last checkpoint"
-                if lost else str(error))
+    expected = (
+        f"rank 1 of 2 lost another one ({lost}): start the same command again, it goes on from the last checkpoint"
+        if lost
+        else str(error)
+    )
     with pytest.raises(RankLost if lost else RuntimeError) as raised, noticing_loss(Ranks(1, 2)):
         raise error
     assert str(raised.value) == expected
@@ -455,8 +643,13 @@ def main(folder, first, *argv):
     code = cli.main(list(argv))
     for group in groups:
         left["loss_sums"] = {learner.name: learner.loss_sums for learner in group.learners}
-        left["parameters"] = {learner.name: {name: hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
-                                             for name, parameter in learner.forward.named_parameters()} for learner in group.learners}
+        left["parameters"] = {
+            learner.name: {
+                name: hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+                for name, parameter in learner.forward.named_parameters()
+            }
+            for learner in group.learners
+        }
     torch.save(left, folder / f"rank{ranks.rank}.pt")
     return code
 

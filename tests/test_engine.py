@@ -33,8 +33,13 @@ def gpu():
 
 def random_arrays(count):
     generator = np.random.default_rng(0)
-    return Arrays(generator.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8), generator.integers(0, 10, count),
-                  tuple("0123456789"), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return Arrays(
+        generator.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
+        generator.integers(0, 10, count),
+        tuple("0123456789"),
+        (0.5, 0.5, 0.5),
+        (0.25, 0.25, 0.25),
+    )
 
 
 def learner(method="student", teacher=None, **settings):
@@ -71,7 +76,9 @@ def test_clip_norm_bounds_the_update_of_student_and_regressors_together(precisio
         first_step(teacher.eval(), one, precision, learning_rate=1.0)
         norms[limit] = float((flat(one.parameters) - before).norm())
     assert norms[0.0] > 0.1
-    assert norms[0.01] == pytest.approx(0.01, rel=1e-2)  # clip_grad_norm_ adds 1e-6 to the norm, and fp32 weights round the update
+    assert norms[0.01] == pytest.approx(
+        0.01, rel=1e-2
+    )  # clip_grad_norm_ adds 1e-6 to the norm, and fp32 weights round the update
 
 
 def test_a_norm_below_the_limit_is_left_alone():
@@ -91,19 +98,34 @@ def test_a_step_moves_every_parameter_but_those_of_the_teacher(precision):
     first_step(teacher, one, precision, learning_rate=0.1)
     moved = [not torch.equal(now, old) for now, old in zip(one.parameters, before)]
     assert all(moved) and all(parameter.isfinite().all() for parameter in one.parameters)
-    assert torch.equal(flat(teacher.parameters()), taught) and all(parameter.grad is None for parameter in teacher.parameters())
+    assert torch.equal(flat(teacher.parameters()), taught) and all(
+        parameter.grad is None for parameter in teacher.parameters()
+    )
     assert all(parameter.dtype == torch.float32 for parameter in one.parameters)
 
 
 @pytest.mark.parametrize("variant, exempt", [("paper", 4), ("repdistiller", 0)])
-def test_without_gradients_only_decay_moves_weights_and_it_spares_the_variances_of_the_paper_variant(variant, exempt):
-    one = learner("vid", WideResNet(10, 2), vid=VIDOptions(variant=variant), learning_rate=0.5, weight_decay=0.1, momentum=0.0)
+def test_without_gradients_only_decay_moves_weights_and_it_spares_the_variances_of_the_paper_variant(
+    variant, exempt
+):
+    one = learner(
+        "vid",
+        WideResNet(10, 2),
+        vid=VIDOptions(variant=variant),
+        learning_rate=0.5,
+        weight_decay=0.1,
+        momentum=0.0,
+    )
     with torch.no_grad():
         for parameter in one.parameters:
             parameter.fill_(2.0)
     nothing = sum((parameter * 0).sum() for parameter in one.parameters)
     one.update(nothing, nothing.detach(), images=1)
-    values = [(name, parameter) for module in (one.network, one.method) for name, parameter in module.named_parameters()]
+    values = [
+        (name, parameter)
+        for module in (one.network, one.method)
+        for name, parameter in module.named_parameters()
+    ]
     unmoved = [name for name, parameter in values if torch.equal(parameter, torch.full_like(parameter, 2.0))]
     assert len(unmoved) == exempt and all("raw_scales" in name for name in unmoved)
     for name, parameter in values:
@@ -126,13 +148,20 @@ def test_losses_are_means_over_images_and_start_anew_with_an_epoch_that_an_earli
 
 @pytest.mark.survival("numbers")
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0], ids=["", "clipped"])
-@pytest.mark.parametrize("task, transfer, slope", [(math.nan, 0.0, 1.0), (1.0, math.inf, 1.0), (1.0, 0.0, math.nan), (1.0, 0.0, math.inf)],
-                         ids=["nan-task", "infinite-transfer", "nan-gradient", "infinite-gradient"])
-def test_from_a_step_that_is_not_finite_on_a_learner_stands_still_and_counts(task, transfer, slope, clip_norm):
+@pytest.mark.parametrize(
+    "task, transfer, slope",
+    [(math.nan, 0.0, 1.0), (1.0, math.inf, 1.0), (1.0, 0.0, math.nan), (1.0, 0.0, math.inf)],
+    ids=["nan-task", "infinite-transfer", "nan-gradient", "infinite-gradient"],
+)
+def test_from_a_step_that_is_not_finite_on_a_learner_stands_still_and_counts(
+    task, transfer, slope, clip_norm
+):
     one = learner("student", clip_norm=clip_norm)
     one.update(one.network(batch()[0]).logits.sum(), torch.tensor(0.0), 4)
     assert one.failed_steps() == 0
-    weights, momenta = ([tensor.clone() for tensor in tensors] for tensors in (one.parameters, momenta_of(one)))
+    weights, momenta = (
+        [tensor.clone() for tensor in tensors] for tensors in (one.parameters, momenta_of(one))
+    )
     for number, (loss, factor) in enumerate([(task, slope), (1.0, 1.0)], start=1):
         output = one.network(batch()[0]).logits.sum() * factor
         one.update(loss + output - output.detach().nan_to_num(), torch.tensor(transfer), 4)
@@ -150,10 +179,14 @@ def test_a_learner_with_the_state_of_another_goes_on_with_the_same_bits(method):
     first, second = learner(method, teacher, precision="fp16"), learner(method, teacher, precision="fp16")
     step = GroupStep(teacher, [first], CPU, "fp16")
     step(*batch(), learning_rate=0.1)
-    second.load_state(copy.deepcopy(first.state()))  # as a file would give it: the momentum is shared otherwise
+    second.load_state(
+        copy.deepcopy(first.state())
+    )  # as a file would give it: the momentum is shared otherwise
     step(*batch(), learning_rate=0.02)
     GroupStep(teacher, [second], CPU, "fp16")(*batch(), learning_rate=0.02)
-    assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.losses(8) == second.losses(8)
+    assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.losses(8) == second.losses(
+        8
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -164,7 +197,9 @@ def test_accuracy_is_a_count_over_all_images_in_eval_mode_and_the_mode_is_restor
     network.train(training)
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     accuracy = evaluate(network, EvalLoader(arrays, 20), CPU, "fp32")  # 20 + 20 + 10
-    assert network.training == training and all(torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers())
+    assert network.training == training and all(
+        torch.equal(buffer, buffers[name]) for name, buffer in network.named_buffers()
+    )
 
     images = torch.from_numpy(arrays.images).permute(0, 3, 1, 2).double() / 255
     logits = network.double().eval()((images - 0.5) / 0.25).logits
@@ -173,15 +208,21 @@ def test_accuracy_is_a_count_over_all_images_in_eval_mode_and_the_mode_is_restor
     assert accuracy == 100 * hits / 50
 
 
-@pytest.mark.parametrize("name, phrase", [
-    pytest.param("tpu", "unknown device 'tpu': choose auto, cpu, cuda or cuda:N", id="unknown"),
-    pytest.param("", "unknown device '': choose", id="empty"),
-    pytest.param("cuda:x", "unknown device 'cuda:x'", id="no-number"),
-    pytest.param("cuda:-1", "unknown device 'cuda:-1'", id="negative"),
-    pytest.param("meta", "fastvid does not run on 'meta'", id="known-to-torch-only"),
-    pytest.param("cuda:99", r"no GPU for --device cuda:99: torch \S+ sees \d+; take --device cpu, or see `fastvid doctor`",
-                 id="beyond-the-last"),
-])
+@pytest.mark.parametrize(
+    "name, phrase",
+    [
+        pytest.param("tpu", "unknown device 'tpu': choose auto, cpu, cuda or cuda:N", id="unknown"),
+        pytest.param("", "unknown device '': choose", id="empty"),
+        pytest.param("cuda:x", "unknown device 'cuda:x'", id="no-number"),
+        pytest.param("cuda:-1", "unknown device 'cuda:-1'", id="negative"),
+        pytest.param("meta", "fastvid does not run on 'meta'", id="known-to-torch-only"),
+        pytest.param(
+            "cuda:99",
+            r"no GPU for --device cuda:99: torch \S+ sees \d+; take --device cpu, or see `fastvid doctor`",
+            id="beyond-the-last",
+        ),
+    ],
+)
 def test_a_device_that_is_not_here_is_refused_with_the_choices(name, phrase):
     with pytest.raises(InputError, match=phrase):
         choose_device(name)
@@ -205,7 +246,9 @@ def test_auto_takes_the_gpu_where_there_is_one():
 METHODS = ("student", "kd", "fitnet", "at", "vid")
 
 
-def trained(engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8), dtype=torch.float32, **settings):
+def trained(
+    engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8), dtype=torch.float32, **settings
+):
     """How far each student of a group, with its regressors, has moved after batches of these sizes; and the group's step.
 
     dtype: of weights, and of images.
@@ -225,14 +268,21 @@ def trained(engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8)
     generator = torch.Generator().manual_seed(2)
     for number, size in enumerate(sizes):
         step.begin_epoch(number / len(sizes), fresh=number == 0)
-        images = torch.randn(size, 3, 32, 32, generator=generator).to(device, dtype, memory_format=torch.channels_last)
-        step(images, torch.randint(10, (size,), generator=generator).to(device), learning_rate=0.01 / (1 + number))
+        images = torch.randn(size, 3, 32, 32, generator=generator).to(
+            device, dtype, memory_format=torch.channels_last
+        )
+        step(
+            images,
+            torch.randint(10, (size,), generator=generator).to(device),
+            learning_rate=0.01 / (1 + number),
+        )
     return [flat(one.parameters).cpu() - start.cpu() for one, start in zip(learners, before)], step
 
 
 @pytest.fixture
 def exact(monkeypatch):
     """As trained, in float64; only cross entropy is in fp32."""
+
     def train(device, engine="eager", **settings):
         with monkeypatch.context() as patch:
             patch.setitem(DTYPES, "fp32", torch.float64)
@@ -268,7 +318,10 @@ def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_t
 def test_a_compilation_that_fails_ends_in_one_line_with_the_remedy():
     torch._dynamo.reset()
     broken = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
-    with broken, pytest.raises(InputError, match=r"torch.compile failed \(.+\): take --engine eager") as caught:
+    with (
+        broken,
+        pytest.raises(InputError, match=r"torch.compile failed \(.+\): take --engine eager") as caught,
+    ):
         trained("compile", "fp32", "cpu", methods=("student",), sizes=(3,))
     assert "\n" not in str(caught.value)
 
@@ -286,10 +339,21 @@ def test_a_rehearsal_leaves_no_trace_in_networks_regressors_momenta_sums_and_sca
     assert torch.equal(after["loss_sums"], before["loss_sums"]) and after["scaler"] == before["scaler"]
 
 
-@pytest.mark.parametrize("name, device, steps, expected", [
-    ("auto", "cpu", LONG - 1, "eager"), ("auto", "cpu", LONG, "compile"), ("eager", "cpu", LONG, "eager"), ("compile", "cpu", 1, "compile"),
-    ("auto", "cuda", 1, "graph"), ("eager", "cuda", 1, "eager"), ("graph", "cuda", 1, "graph")])
-def test_auto_takes_graphs_on_a_gpu_and_compiles_long_runs_on_a_cpu(name, device, steps, expected, monkeypatch):
+@pytest.mark.parametrize(
+    "name, device, steps, expected",
+    [
+        ("auto", "cpu", LONG - 1, "eager"),
+        ("auto", "cpu", LONG, "compile"),
+        ("eager", "cpu", LONG, "eager"),
+        ("compile", "cpu", 1, "compile"),
+        ("auto", "cuda", 1, "graph"),
+        ("eager", "cuda", 1, "eager"),
+        ("graph", "cuda", 1, "graph"),
+    ],
+)
+def test_auto_takes_graphs_on_a_gpu_and_compiles_long_runs_on_a_cpu(
+    name, device, steps, expected, monkeypatch
+):
     monkeypatch.setattr(engine, "_compiler_works", lambda: True)
     assert choose_engine(name, torch.device(device), steps) == expected
 
@@ -303,21 +367,34 @@ def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
 
 def test_a_compiler_that_does_not_compile_is_noticed_before_the_training(capsys):
     torch._dynamo.reset()
-    with warnings.catch_warnings(), torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+    with (
+        warnings.catch_warnings(),
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+    ):
         warnings.simplefilter("ignore")  # of the caches
         assert engine._compiler_works.__wrapped__() is False
-    assert re.match(r"torch.compile does not work here \(.+\): the engine is eager$", capsys.readouterr().err.splitlines()[-1])
+    assert re.match(
+        r"torch.compile does not work here \(.+\): the engine is eager$",
+        capsys.readouterr().err.splitlines()[-1],
+    )
     torch._dynamo.reset()
     assert engine._compiler_works.__wrapped__() is True
 
 
 def test_a_graph_without_a_gpu_or_among_ranks_is_refused_with_the_remedy():
-    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take --engine auto"):
+    with pytest.raises(
+        InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take --engine auto"
+    ):
         choose_engine("graph", CPU, 1)
     for name in ("graph", "compile"):
-        with pytest.raises(InputError, match=f"--engine {name} is for one process, and torchrun has started several: take --engine auto"):
+        with pytest.raises(
+            InputError,
+            match=f"--engine {name} is for one process, and torchrun has started several: take --engine auto",
+        ):
             choose_engine(name, torch.device("cuda"), 1, Ranks(world_size=2))
-    assert {choose_engine("auto", torch.device(device), LONG, Ranks(world_size=2)) for device in ("cpu", "cuda")} == {"eager"}
+    assert {
+        choose_engine("auto", torch.device(device), LONG, Ranks(world_size=2)) for device in ("cpu", "cuda")
+    } == {"eager"}
 
 
 def test_a_step_on_a_cpu_uses_the_learning_rate_that_it_is_given_each_time():
@@ -332,7 +409,11 @@ def test_a_step_on_a_cpu_uses_the_learning_rate_that_it_is_given_each_time():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("engine", ["compile", "graph", Mode(compiled=False, captured=True)], ids=["compile", "graph", "graph-of-eager"])
+@pytest.mark.parametrize(
+    "engine",
+    ["compile", "graph", Mode(compiled=False, captured=True)],
+    ids=["compile", "graph", "graph-of-eager"],
+)
 def test_every_engine_gives_the_same_training_within_bounds_on_a_gpu(engine, precision, gpu, exact):
     eager, _ = trained("eager", precision, gpu)
     other, step = trained(engine, precision, gpu)
@@ -354,7 +435,9 @@ def test_the_phases_of_a_two_stage_hint_have_graphs_of_their_own(gpu, exact):
     settings = {"methods": ("fitnet",), "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.4)}
     eager, _ = trained("eager", "fp32", gpu, **settings)
     captured, step = trained("graph", "fp32", gpu, **settings)
-    assert close_enough(captured, eager, exact("cpu", **settings)[0]) and len(step._prepared) == 3  # the hint: 16; then 8 and 16
+    assert (
+        close_enough(captured, eager, exact("cpu", **settings)[0]) and len(step._prepared) == 3
+    )  # the hint: 16; then 8 and 16
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 """The committed accuracies can be had again: the recorded command, begun anew, gives the first numbers of its lines."""
+
 import os
 import re
 import shlex
@@ -19,13 +20,28 @@ KIND = ("device", "platform", "fastvid", "python", "torch", "numpy")
 
 
 @pytest.mark.parametrize("name", ["cifar10-2pct-200"])
-def test_the_recorded_command_gives_the_first_numbers_of_its_lines(name, cifar10_root, teacher_file, tmp_path):
+def test_the_recorded_command_gives_the_first_numbers_of_its_lines(
+    name, cifar10_root, teacher_file, tmp_path
+):
     recorded = {run.method: run for run in results.read(MEASURED / name)[0] if run.seed == 0}
     there, here = next(iter(recorded.values())).environment, environment(torch.device("cpu"))
-    (command,) = re.findall(rf"^\| `{name}` \| `fastvid ([^`]+)`", (MEASURED / "README.md").read_text(), re.MULTILINE)
-    paths = ["--data", str(cifar10_root), "--teacher", str(teacher_file), "--out", str(tmp_path)]  # of two, the last counts
-    with subprocess.Popen([sys.executable, "-m", "fastvid", *shlex.split(command), *paths], stderr=subprocess.PIPE, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(there["threads"])}) as process:
+    (command,) = re.findall(
+        rf"^\| `{name}` \| `fastvid ([^`]+)`", (MEASURED / "README.md").read_text(), re.MULTILINE
+    )
+    paths = [
+        "--data",
+        str(cifar10_root),
+        "--teacher",
+        str(teacher_file),
+        "--out",
+        str(tmp_path),
+    ]  # of two, the last counts
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastvid", *shlex.split(command), *paths],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(there["threads"])},
+    ) as process:
         told = []
         for line in process.stderr:
             told.append(line)

@@ -35,16 +35,23 @@ def test_a_file_is_replaced_whole_and_nothing_lies_beside_it(tmp_path):
 def test_when_the_disk_is_full_the_old_file_stays_and_the_message_names_path_size_and_remedy(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"old")
-    ran = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith(f"{path}: cannot write 5,000 bytes: File too large; make room there or choose another folder")
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith(
+        f"{path}: cannot write 5,000 bytes: File too large; make room there or choose another folder"
+    )
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["weights"]
 
 
-@pytest.mark.parametrize("path", [
-    pytest.param("vanished/weights", id="folder-vanished"),
-    pytest.param("file/weights", id="folder-is-a-file"),
-    pytest.param("folder", id="a-folder-is-in-the-way"),
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("vanished/weights", id="folder-vanished"),
+        pytest.param("file/weights", id="folder-is-a-file"),
+        pytest.param("folder", id="a-folder-is-in-the-way"),
+    ],
+)
 def test_a_path_that_cannot_be_written_is_an_input_error_and_leaves_nothing(tmp_path, path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
@@ -83,8 +90,12 @@ def test_the_content_is_synced_before_the_name_points_to_it(tmp_path, monkeypatc
     assert folder == str(tmp_path) and after
 
 
-@pytest.mark.parametrize("number, accepted", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
-def test_a_file_system_that_cannot_sync_folders_will_do_and_one_that_fails_to_is_told(number, accepted, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number, accepted", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)]
+)
+def test_a_file_system_that_cannot_sync_folders_will_do_and_one_that_fails_to_is_told(
+    number, accepted, tmp_path, monkeypatch
+):
     real = os.fsync
 
     def fsync(descriptor):
@@ -93,6 +104,10 @@ def test_a_file_system_that_cannot_sync_folders_will_do_and_one_that_fails_to_is
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with nullcontext() if accepted else pytest.raises(InputError, match=f"weights: cannot write 3 bytes: {os.strerror(number)}"):
+    with (
+        nullcontext()
+        if accepted
+        else pytest.raises(InputError, match=f"weights: cannot write 3 bytes: {os.strerror(number)}")
+    ):
         write_atomic(tmp_path / "weights", b"new")
     assert os.listdir(tmp_path) == ["weights"]

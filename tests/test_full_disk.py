@@ -1,4 +1,5 @@
 """A disk that is full at any byte: what was there before stays loadable, and the message says path and space needed."""
+
 import contextlib
 import dataclasses
 import re
@@ -36,13 +37,20 @@ def tensors(seed):
 
 def weights(folder):
     path = folder / "a.safetensors"
-    return path, lambda version: checkpoint.save_weights(path, tensors(version), {}), lambda: checkpoint.load_weights(path).sha256
+    return (
+        path,
+        lambda version: checkpoint.save_weights(path, tensors(version), {}),
+        lambda: checkpoint.load_weights(path).sha256,
+    )
 
 
 def resume_state(folder):
     path = folder / "a.resume"
-    return path, lambda version: checkpoint.save_state(path, {"position": version, "network": tensors(version)}), \
-        lambda: checkpoint.load_state(path)["position"]
+    return (
+        path,
+        lambda version: checkpoint.save_state(path, {"position": version, "network": tensors(version)}),
+        lambda: checkpoint.load_state(path)["position"],
+    )
 
 
 def result_lines(folder):
@@ -67,32 +75,64 @@ def data_cache(folder):
     return path, write, lambda: cache.read(path, "key")[0]["images"].tobytes()
 
 
-@pytest.mark.parametrize("make", [weights, resume_state, result_lines, table, data_cache], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [weights, resume_state, result_lines, table, data_cache], ids=lambda make: make.__name__
+)
 def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there(make, tmp_path, capsys, figure):
     path, write, load = make(tmp_path)
     write(1)
     before, size = load(), path.stat().st_size
     needed = size if path.name != results.FILE else 2 * size
     for number in range(POINTS):
-        full_at = number if number < 8 else number * (needed - 1) // (POINTS - 1)  # the first bytes, then evenly to the last
+        full_at = (
+            number if number < 8 else number * (needed - 1) // (POINTS - 1)
+        )  # the first bytes, then evenly to the last
         with full_after(full_at):
             if make is data_cache:  # made anew at each start instead
                 write(2)
-                assert f"{path} cannot be written: this data set is read anew at each start" in capsys.readouterr().err
+                assert (
+                    f"{path} cannot be written: this data set is read anew at each start"
+                    in capsys.readouterr().err
+                )
             else:
-                with pytest.raises(InputError, match=r"cannot write [\d,]+ bytes: File too large; make room there"):
+                with pytest.raises(
+                    InputError, match=r"cannot write [\d,]+ bytes: File too large; make room there"
+                ):
                     write(2)
         assert load() == before
         assert not list(tmp_path.rglob("*.partial")), "a full disk was made fuller"
     write(2)
     name = make.__name__.replace("_", " ")
-    figure(f"full disk, {name}", f"full at {POINTS} places of {needed:,} bytes: every time the old file is whole")
+    figure(
+        f"full disk, {name}", f"full at {POINTS} places of {needed:,} bytes: every time the old file is whole"
+    )
 
 
-def test_a_training_on_a_full_disk_ends_in_one_line_and_goes_on_to_the_same_bits_when_there_is_room(tmp_path, capsys, figure):
+def test_a_training_on_a_full_disk_ends_in_one_line_and_goes_on_to_the_same_bits_when_there_is_room(
+    tmp_path, capsys, figure
+):
     def run(name):
-        return cli.main(["train", "--dataset", "digits", "--per-class", "5", "--batch-size", "50", "--epochs", "3", "--student-depth", "10",
-                         "--device", "cpu", "--checkpoint-every", "1epoch", "--out", str(tmp_path / name)])
+        return cli.main(
+            [
+                "train",
+                "--dataset",
+                "digits",
+                "--per-class",
+                "5",
+                "--batch-size",
+                "50",
+                "--epochs",
+                "3",
+                "--student-depth",
+                "10",
+                "--device",
+                "cpu",
+                "--checkpoint-every",
+                "1epoch",
+                "--out",
+                str(tmp_path / name),
+            ]
+        )
 
     assert run("whole") == 0
     (expected,), _ = results.read(tmp_path / "whole")
@@ -104,7 +144,9 @@ def test_a_training_on_a_full_disk_ends_in_one_line_and_goes_on_to_the_same_bits
         line = capsys.readouterr().err.splitlines()[-1]
         if code:
             ends += 1
-            assert code == 2 and re.fullmatch(r"fastvid: error: .*cannot write.*(make room|choose another).*", line), line
+            assert code == 2 and re.fullmatch(
+                r"fastvid: error: .*cannot write.*(make room|choose another).*", line
+            ), line
     assert ends >= 5 and run("full") == 0
     (found,), notes = results.read(tmp_path / "full")
     assert found.weights_sha256 == expected.weights_sha256 and found.history == expected.history and not notes

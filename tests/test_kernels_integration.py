@@ -2,6 +2,7 @@
 
 Most tests compare a loss in an unusual setting with the same loss in the usual one: the numbers themselves are other tests' matter.
 """
+
 import gc
 import os
 import subprocess
@@ -36,18 +37,24 @@ def need_gpus(count):
 
 def draw(*shape, seed=0, dtype=FP32, device=DEVICE, learns=True):
     """Random numbers that depend on shape and seed alone; maps are channels-last."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + sum(shape))).to(device, dtype)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + sum(shape))).to(
+        device, dtype
+    )
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return drawn.to(memory_format=layout).requires_grad_(learns)
 
 
 def inputs_of(*shapes):
     return lambda batch, seed=0, **given: [
-        draw(*(batch if size == "B" else size for size in shape), seed=seed + i, **given) for i, shape in enumerate(shapes)]
+        draw(*(batch if size == "B" else size for size in shape), seed=seed + i, **given)
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def projection(batch, seed=0, dtype=BF16, **given):  # in fp32 it is a convolution and vid_nll
-    hidden, target = (draw(batch, 16, 4, 4, seed=seed + i, dtype=dtype, learns=not i, **given) for i in range(2))
+    hidden, target = (
+        draw(batch, 16, 4, 4, seed=seed + i, dtype=dtype, learns=not i, **given) for i in range(2)
+    )
     weight, bias, raw_scale = inputs_of((16, 16, 1, 1), (16,), (16,))(batch, seed, **given)
     return [hidden, weight, bias, target, raw_scale]
 
@@ -69,14 +76,20 @@ def loss_of(name, impl="triton"):
 def results(function, inputs, learning=None):
     """The loss times UPSTREAM, and the gradients of all tensors that learn."""
     loss = function(*inputs) * UPSTREAM
-    return [loss.detach(), *torch.autograd.grad(loss, learning or [tensor for tensor in inputs if tensor.requires_grad])]
+    return [
+        loss.detach(),
+        *torch.autograd.grad(loss, learning or [tensor for tensor in inputs if tensor.requires_grad]),
+    ]
 
 
 def same_bits(ours, theirs):
-    return len(ours) == len(theirs) and all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(ours, theirs)
+    )
 
 
 # --- custom ops
+
 
 def samples():
     vid, _, projected, at, kd = (make(2) for make in INPUTS.values())
@@ -94,8 +107,12 @@ def samples():
     }
 
 
-@pytest.mark.parametrize("name", sorted(
-    name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvid::")))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastvid::")
+    ),
+)
 def test_an_operator_is_what_pytorch_wants_of_one(name):
     for sample in samples()[name]:
         tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -108,11 +125,14 @@ def test_an_operator_is_what_pytorch_wants_of_one(name):
 
 # --- torch.compile, and checkpoints
 
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @every_loss
 def test_a_compiled_loss_has_the_bits_of_the_loss_at_every_batch_size(name, backend):
     torch._dynamo.reset()
-    function = torch.compile(loss_of(name), fullgraph=True, backend=backend)  # fullgraph: raises at a graph break
+    function = torch.compile(
+        loss_of(name), fullgraph=True, backend=backend
+    )  # fullgraph: raises at a graph break
     for batch in (2, 3):
         assert same_bits(results(function, INPUTS[name](batch)), results(loss_of(name), INPUTS[name](batch)))
 
@@ -122,7 +142,9 @@ def test_a_checkpointed_loss_keeps_no_gradient_from_forward_and_gives_the_same_b
     inputs = INPUTS[name](2)
     loss = checkpoint(loss_of(name), *inputs, use_reentrant=False)
     assert not holds_gradient(loss)
-    rounding = torch.finfo(inputs[0].dtype).eps  # of the map's gradient, once with the upstream gradient in it and once without
+    rounding = torch.finfo(
+        inputs[0].dtype
+    ).eps  # of the map's gradient, once with the upstream gradient in it and once without
     for mine, expected in zip(results(lambda *_: loss, inputs), results(loss_of(name), INPUTS[name](2))):
         torch.testing.assert_close(mine, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
 
@@ -145,26 +167,47 @@ def test_a_loss_on_the_cpu_compiles_too(name, impl):
     torch.testing.assert_close(results(compiled, inputs), results(loss_of(name, "reference"), inputs))
 
 
-@pytest.mark.parametrize("module, student, teacher, precision", [
-    pytest.param(lambda **given: fastvid.VIDLoss([4, 6], [8, 5], **given), [(4, 4, 4), (6, 2, 2)], [(8, 4, 4), (5, 2, 2)], BF16, id="vid"),
-    pytest.param(fastvid.ATLoss, [(4, 4, 4), (6, 2, 2)], [(8, 4, 4), (5, 2, 2)], FP32, id="at"),
-    pytest.param(fastvid.KDLoss, [(10,)], [(10,)], FP32, id="kd"),
-    pytest.param(lambda **given: fastvid.FitNetLoss(4, 8, **given), [(4, 4, 4)], [(8, 4, 4)], FP32, id="fitnet"),
-])
-def test_a_compiled_module_has_the_loss_and_gradients_of_the_module_at_every_batch_size(module, student, teacher, precision):
+@pytest.mark.parametrize(
+    "module, student, teacher, precision",
+    [
+        pytest.param(
+            lambda **given: fastvid.VIDLoss([4, 6], [8, 5], **given),
+            [(4, 4, 4), (6, 2, 2)],
+            [(8, 4, 4), (5, 2, 2)],
+            BF16,
+            id="vid",
+        ),
+        pytest.param(fastvid.ATLoss, [(4, 4, 4), (6, 2, 2)], [(8, 4, 4), (5, 2, 2)], FP32, id="at"),
+        pytest.param(fastvid.KDLoss, [(10,)], [(10,)], FP32, id="kd"),
+        pytest.param(
+            lambda **given: fastvid.FitNetLoss(4, 8, **given), [(4, 4, 4)], [(8, 4, 4)], FP32, id="fitnet"
+        ),
+    ],
+)
+def test_a_compiled_module_has_the_loss_and_gradients_of_the_module_at_every_batch_size(
+    module, student, teacher, precision
+):
     torch._dynamo.reset()
     module = module(factor=FACTOR, impl="triton").to(DEVICE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):
-        pair = [inputs_of(*(("B", *shape) for shape in shapes))(batch, learns=shapes is student) for shapes in (student, teacher)]
+        pair = [
+            inputs_of(*(("B", *shape) for shape in shapes))(batch, learns=shapes is student)
+            for shapes in (student, teacher)
+        ]
         inputs = pair if isinstance(module, (fastvid.VIDLoss, fastvid.ATLoss)) else [maps[0] for maps in pair]
         with torch.autocast(DEVICE, BF16, enabled=precision == BF16):
-            ours, expected = (results(function, inputs, [*module.parameters(), *pair[0]]) for function in (compiled, module))
-        for a, b in zip(ours, expected, strict=True):  # the same kernels; batch norms may sum in another order
+            ours, expected = (
+                results(function, inputs, [*module.parameters(), *pair[0]]) for function in (compiled, module)
+            )
+        for a, b in zip(
+            ours, expected, strict=True
+        ):  # the same kernels; batch norms may sum in another order
             assert (a - b).norm() <= 2 * torch.finfo(precision).eps * b.norm()
 
 
 # --- training under autocast, and on several processes
+
 
 class Distillation(nn.Module):
     """A student of one convolution and its VIDLoss in one module, as DistributedDataParallel wants them."""
@@ -197,17 +240,25 @@ def train(module, precision, images=slice(4), scale=2.0**16, steps=6):
         losses.append(loss.item())
         assert loss.dtype == FP32
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
-    return losses, [parameter.detach() - before for parameter, before in zip(module.parameters(), start)], scaler.get_scale()
+    return (
+        losses,
+        [parameter.detach() - before for parameter, before in zip(module.parameters(), start)],
+        scaler.get_scale(),
+    )
 
 
 @pytest.mark.parametrize("precision", [BF16, FP16], ids=["bf16", "fp16"])
 def test_training_under_autocast_is_that_of_the_reference(precision):
-    (losses, changes, _), (expected, expected_changes, _) = (train(Distillation(impl), precision) for impl in ("triton", "reference"))
+    (losses, changes, _), (expected, expected_changes, _) = (
+        train(Distillation(impl), precision) for impl in ("triton", "reference")
+    )
     # The reference rounds the mean and its gradient to 16 bits where Triton keeps fp32: half an eps each, at random, so that of a mean
     # over 1,024 elements 1/32 of it is left. A gradient of a parameter adds up fewer and smaller terms: four roundings in full.
     eps = torch.finfo(precision).eps
     assert losses == pytest.approx(expected, abs=eps / 32) and expected[0] - expected[-1] > eps
-    assert all((ours - theirs).norm() <= 4 * eps * theirs.norm() for ours, theirs in zip(changes, expected_changes))
+    assert all(
+        (ours - theirs).norm() <= 4 * eps * theirs.norm() for ours, theirs in zip(changes, expected_changes)
+    )
 
 
 def test_a_loss_scale_that_overflows_is_halved_until_gradients_are_finite_and_then_the_steps_count():
@@ -222,7 +273,9 @@ def process(rank, folder):
     trained = {}
     for precision in (FP32, BF16):
         alone, together = Distillation(), Distillation()
-        together.student.bias.data += rank  # undone by the wrapper: it hands out the parameters of the first process
+        together.student.bias.data += (
+            rank  # undone by the wrapper: it hands out the parameters of the first process
+        )
         together = DistributedDataParallel(together)
         changes = train(together, precision, slice(2 * rank, 2 * rank + 2))[1]
         trained[precision] = [*together.parameters()], changes, rank == 0 and train(alone, precision)[1]
@@ -232,17 +285,25 @@ def process(rank, folder):
 
 def test_two_processes_hold_the_same_parameters_and_train_as_one_does_on_the_whole_batch(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # in the interpreter
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }  # in the interpreter
     subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, check=True, timeout=200)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # fp32: sums in another order. bf16: the convolutions' own gradients are up to 4e-2 off those in fp32, with either implementation.
     for precision, tolerance in [(FP32, 1e-5), (BF16, 2**-4)]:
         (parameters, together, alone), (others, _, _) = first[precision], second[precision]
         assert same_bits(parameters, others)
-        assert all((ours - whole).norm() <= tolerance * whole.norm() and whole.any() for ours, whole in zip(together, alone, strict=True))
+        assert all(
+            (ours - whole).norm() <= tolerance * whole.norm() and whole.any()
+            for ours, whole in zip(together, alone, strict=True)
+        )
 
 
 # --- derivatives that Triton does not have and the reference has
+
 
 def second(loss, x):
     return torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)[0].detach()
@@ -273,14 +334,19 @@ TRANSFORMS = {
 def test_what_triton_cannot_differentiate_is_refused_with_the_operation_and_the_remedy(name, transform):
     first, *others = (tensor.detach() for tensor in INPUTS[name](2))
     in_backward = transform in ("create_graph", "batched")
-    with pytest.raises(RuntimeError if in_backward else ValueError, match=f"^{name} (has no|takes one) .*impl='reference'"):
+    with pytest.raises(
+        RuntimeError if in_backward else ValueError, match=f"^{name} (has no|takes one) .*impl='reference'"
+    ):
         TRANSFORMS[transform](lambda x: loss_of(name)(x, *others), first)
 
 
 @every_loss
 def test_references_have_the_first_and_second_derivatives_of_finite_differences(name):
     corner = (slice(4), slice(3), slice(2), slice(1))  # of a projection: from 3 hidden channels to 4
-    inputs = [x.detach()[corner[:x.dim()]].double().contiguous().requires_grad_() for x in INPUTS[name](2, device="cpu", dtype=FP32)]
+    inputs = [
+        x.detach()[corner[: x.dim()]].double().contiguous().requires_grad_()
+        for x in INPUTS[name](2, device="cpu", dtype=FP32)
+    ]
     if name == "projected_vid_nll":
         inputs[3] = draw(2, 4, 2, 1, dtype=FP64, device="cpu")
     assert torch.autograd.gradcheck(loss_of(name, "reference"), inputs)
@@ -290,19 +356,32 @@ def test_references_have_the_first_and_second_derivatives_of_finite_differences(
 @every_loss
 def test_the_reference_has_functional_transforms(name):
     first, *others = INPUTS[name](2, dtype=FP32)
-    gradient, = torch.autograd.grad(loss_of(name, "reference")(first, *others), first)
+    (gradient,) = torch.autograd.grad(loss_of(name, "reference")(first, *others), first)
     first, *others = (tensor.detach() for tensor in (first, *others))
 
     def loss(x):
         return loss_of(name, "reference")(x, *others)
 
-    expected = {"grad": gradient, "create_graph": gradient, "batched": gradient, "vmap": torch.stack([loss(first), loss(2 * first)])}
-    for transform, function in TRANSFORMS.items():  # the sum, a derivative along ones, cancels: bounded by what it adds up
-        torch.testing.assert_close(function(loss, first.clone()).float(), expected.get(transform, gradient.sum()),
-                                   rtol=1e-5, atol=1e-6 * gradient.abs().sum().item())
+    expected = {
+        "grad": gradient,
+        "create_graph": gradient,
+        "batched": gradient,
+        "vmap": torch.stack([loss(first), loss(2 * first)]),
+    }
+    for (
+        transform,
+        function,
+    ) in TRANSFORMS.items():  # the sum, a derivative along ones, cancels: bounded by what it adds up
+        torch.testing.assert_close(
+            function(loss, first.clone()).float(),
+            expected.get(transform, gradient.sum()),
+            rtol=1e-5,
+            atol=1e-6 * gradient.abs().sum().item(),
+        )
 
 
 # --- memory, and parameters that are views
+
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @every_loss
@@ -318,7 +397,9 @@ def test_without_gradients_a_loss_is_the_same_number_and_has_no_graph(name, off)
 @every_loss
 def test_maps_and_their_gradients_are_freed_without_the_garbage_collector(name, backward):
     def alive():
-        return sum(type(thing) is torch.Tensor and thing.shape == inputs[0].shape for thing in gc.get_objects())
+        return sum(
+            type(thing) is torch.Tensor and thing.shape == inputs[0].shape for thing in gc.get_objects()
+        )
 
     inputs = INPUTS[name](2)
     gc.collect()
@@ -339,21 +420,30 @@ def test_maps_and_their_gradients_are_freed_without_the_garbage_collector(name, 
         gc.enable()
 
 
-@pytest.mark.parametrize("name, which", [("projected_vid_nll", 1), ("projected_vid_nll", 2), ("projected_vid_nll", 4), ("vid_nll", 2)])
+@pytest.mark.parametrize(
+    "name, which",
+    [("projected_vid_nll", 1), ("projected_vid_nll", 2), ("projected_vid_nll", 4), ("vid_nll", 2)],
+)
 def test_a_parameter_that_is_not_contiguous_gives_the_results_of_its_copy(name, which):
     inputs = INPUTS[name](2)
-    views = [torch.stack([tensor, tensor + 1], dim=-1)[..., 0] if i == which else tensor for i, tensor in enumerate(inputs)]
+    views = [
+        torch.stack([tensor, tensor + 1], dim=-1)[..., 0] if i == which else tensor
+        for i, tensor in enumerate(inputs)
+    ]
     ours, expected = (results(loss_of(name), given, inputs[:2]) for given in (views, inputs))
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
 
 def test_gradients_have_the_strides_of_what_they_are_gradients_of():
-    inputs = [tensor for tensor in INPUTS["projected_vid_nll"](2) if tensor.requires_grad]  # the weight is channels-last
+    inputs = [
+        tensor for tensor in INPUTS["projected_vid_nll"](2) if tensor.requires_grad
+    ]  # the weight is channels-last
     gradients = results(loss_of("projected_vid_nll"), INPUTS["projected_vid_nll"](2))[1:]
     assert [gradient.stride() for gradient in gradients] == [tensor.stride() for tensor in inputs]
 
 
 # --- a training
+
 
 def train_network(name, impl, steps=50):
     """Losses of a WRN-10-1 that learns four batches of 8x8 images from a WRN-10-2, and all parameters before and after."""
@@ -368,9 +458,16 @@ def train_network(name, impl, steps=50):
     step, losses = GroupStep(teacher.eval(), [learner], torch.device(DEVICE), "fp32"), []
     for i in range(steps):
         step.begin_epoch(0.0)
-        step(draw(4, 3, 8, 8, seed=i % 4, learns=False), torch.arange(4, device=DEVICE) + i % 4, learning_rate=1e-3)
+        step(
+            draw(4, 3, 8, 8, seed=i % 4, learns=False),
+            torch.arange(4, device=DEVICE) + i % 4,
+            learning_rate=1e-3,
+        )
         losses.append(sum(learner.losses(4)))
-    return losses, *(torch.cat([parameter.detach().flatten() for parameter in which]) for which in (start, learner.parameters))
+    return losses, *(
+        torch.cat([parameter.detach().flatten() for parameter in which])
+        for which in (start, learner.parameters)
+    )
 
 
 @pytest.mark.parametrize("name", ["kd", "at", "fitnet", "vid"])
@@ -378,12 +475,17 @@ def test_fifty_steps_with_triton_are_fifty_steps_with_the_reference(name):
     # In 16 runs of the reference alone, four seeds of each method, starting one ulp apart moved the first ten losses by up to 5e-6, and
     # once an activation near 0 had changed sign any loss by up to 7e-4 and the way of the parameters by 2e-2. Allowed is a few times that.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        (losses, _, end), (expected, start, expected_end) = (train_network(name, impl) for impl in ("triton", "reference"))
-    assert losses[:10] == pytest.approx(expected[:10], rel=5e-5) and losses == pytest.approx(expected, rel=2e-3)
+        (losses, _, end), (expected, start, expected_end) = (
+            train_network(name, impl) for impl in ("triton", "reference")
+        )
+    assert losses[:10] == pytest.approx(expected[:10], rel=5e-5) and losses == pytest.approx(
+        expected, rel=2e-3
+    )
     assert (end - expected_end).norm() <= 0.06 * (expected_end - start).norm()
 
 
 # --- what only a GPU has
+
 
 @pytest.mark.gpu
 @every_loss
@@ -424,13 +526,19 @@ def test_tensors_on_another_device_than_the_current_one_give_the_same_bits(name)
 def test_auto_is_triton_for_cuda_tensors_and_so_refuses_other_layouts(name):
     need_gpus(1)
     first, *others = INPUTS[name](2)
-    assert same_bits(results(loss_of(name, "auto"), [first, *others]), results(loss_of(name), [first, *others]))
+    assert same_bits(
+        results(loss_of(name, "auto"), [first, *others]), results(loss_of(name), [first, *others])
+    )
     with pytest.raises(ValueError, match="side by side|needs channels-last maps"):
-        loss_of(name, "auto")(first.t().contiguous().t() if name == "softened_kl" else first.contiguous(), *others)
+        loss_of(name, "auto")(
+            first.t().contiguous().t() if name == "softened_kl" else first.contiguous(), *others
+        )
 
 
 if __name__ == "__main__":
     import torch._dynamo  # noqa: F401 - an optimizer would, in either process
 
     mend()
-    torch.multiprocessing.start_processes(process, args=sys.argv[1:], nprocs=2, start_method="fork")  # imports are done, no thread runs
+    torch.multiprocessing.start_processes(
+        process, args=sys.argv[1:], nprocs=2, start_method="fork"
+    )  # imports are done, no thread runs

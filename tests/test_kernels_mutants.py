@@ -4,6 +4,7 @@ The oracle knows nothing of the reference: it is float64 autograd of formulas wr
 have several tiles, programs, slices and channel blocks, and all memory lies between walls, so that a dropped mask reads NaN or breaks
 a wall.
 """
+
 import importlib
 import math
 import sys
@@ -21,18 +22,23 @@ from faults import FAULTS
 from torch import Tensor
 
 pytestmark = [
-    pytest.mark.skipif(interpreter.DEVICE != "cpu", reason="faults write beyond tensors: on a GPU they would end the process"),
+    pytest.mark.skipif(
+        interpreter.DEVICE != "cpu", reason="faults write beyond tensors: on a GPU they would end the process"
+    ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of NaN and infinity
 ]
 
 KERNELS = Path(fastvid.kernels.__file__).parent
-WALL = 1 << 12  # elements before and behind each tensor, more than a dropped mask or a wrong stride goes astray here
+WALL = (
+    1 << 12
+)  # elements before and behind each tensor, more than a dropped mask or a wrong stride goes astray here
 # Of a loss, 1e-5: fp32 rounds logarithms, differences, products and sums by 2^-24 each. Of a gradient, relative to its largest element:
 # one rounding in the dot, one of the result, and as much again for what cancels.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 # --- memory between walls
+
 
 class Walled:
     """Allocates as torch does, but starts as NaN. Every other element of a wall is NaN, and those between are the tensor's number."""
@@ -44,7 +50,7 @@ class Walled:
         size = 1 + sum((n - 1) * s for n, s in zip(shape, stride)) if all(shape) else 0
         buffer = torch.full((size + 2 * WALL,), math.nan, dtype=dtype)
         self.buffers.append(buffer)
-        buffer[1:WALL:2] = buffer[1 - WALL::2] = len(self.buffers)
+        buffer[1:WALL:2] = buffer[1 - WALL :: 2] = len(self.buffers)
         return buffer.as_strided(shape, stride, WALL)
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ class Walled:
 
     def empty(self, *shape, dtype=torch.float32, device=None) -> Tensor:
         shape = shape[0] if shape and not isinstance(shape[0], int) else shape
-        return self.place(shape, [math.prod(shape[i + 1:]) for i in range(len(shape))], dtype)
+        return self.place(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], dtype)
 
     def check(self):
         for number, buffer in enumerate(self.buffers, start=1):
@@ -63,7 +69,11 @@ class Walled:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(torch, "empty", self.empty)
         self.patch.setattr(torch, "empty_like", lambda x: self.place(x.shape, x.stride(), x.dtype))
-        self.patch.setattr(Tensor, "new_empty", lambda x, *shape, dtype=None, device=None: self.empty(*shape, dtype=dtype or x.dtype))
+        self.patch.setattr(
+            Tensor,
+            "new_empty",
+            lambda x, *shape, dtype=None, device=None: self.empty(*shape, dtype=dtype or x.dtype),
+        )
         return self
 
     def __exit__(self, *_):
@@ -71,6 +81,7 @@ class Walled:
 
 
 # --- the oracle: formulas in float64
+
 
 def vid_nll(mean, target, raw_scale, eps=1e-5):
     variance = torch.log1p(raw_scale.exp()) + eps
@@ -111,7 +122,10 @@ def cases() -> dict[str, Case]:
     """By name; the part before the comma is the module whose faults a case shall catch."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     generator = torch.Generator().manual_seed(0)
-    unscaled = {"factor": 1e-6, "upstream": (65536.0, 32768.0)}  # gradients below the smallest number of fp16 until upstream comes
+    unscaled = {
+        "factor": 1e-6,
+        "upstream": (65536.0, 32768.0),
+    }  # gradients below the smallest number of fp16 until upstream comes
 
     def draw(*shape, dtype=fp32):
         return torch.randn(shape, generator=generator).to(dtype)
@@ -120,8 +134,12 @@ def cases() -> dict[str, Case]:
         return torch.randint(-1, 2, shape, generator=generator).to(dtype)
 
     def case(formula, *tensors, wanted=(), factor=1.0, upstream=(0.5, 3.0), **options):
-        tensors = [t.to(memory_format=torch.channels_last) if t is not None and t.dim() == 4 and t.shape[2:] != (1, 1) else t
-                   for t in tensors]  # a weight keeps its strides
+        tensors = [
+            t.to(memory_format=torch.channels_last)
+            if t is not None and t.dim() == 4 and t.shape[2:] != (1, 1)
+            else t
+            for t in tensors
+        ]  # a weight keeps its strides
         for position in wanted:
             tensors[position].requires_grad_()
         return Case(formula, tuple(tensors), options, factor, upstream)
@@ -130,33 +148,117 @@ def cases() -> dict[str, Case]:
     holed[0, 1, 0, 0] = math.nan
     tiny = torch.tensor([3e-7, 0.0, 1e-7]).view(3, 1, 1, 1)  # norms below 1e-12
     return {
-        "vid, blocks": case(vid_nll, draw(1, 12, 3, 6, dtype=bf16), draw(1, 12, 3, 6, dtype=bf16),
-                            torch.cat((torch.tensor([30.0]), draw(11))), wanted=(0, 2), factor=0.5, eps=0.1),
-        "vid, squared error": case(mean_squared_error, draw(1, 5, 3, 5, dtype=bf16), draw(1, 5, 3, 5, dtype=bf16), wanted=(0, 1),
-                                   factor=0.5, upstream=(3.0, 0.5)),
-        "vid, fp16": case(vid_nll, draw(1, 5, 3, 5, dtype=fp16), draw(1, 5, 3, 5, dtype=fp16), draw(5), wanted=(0, 1, 2),
-                          eps=0.1, **unscaled),
-        "vid, small variances": case(vid_nll, draw(1, 2, 3, 3), draw(1, 2, 3, 3), torch.tensor([-17.0, -12.0]), wanted=(0, 2)),
-        "vid, residuals of 300": case(vid_nll, torch.full((1, 3, 2, 2), 300.0, dtype=fp16), torch.zeros(1, 3, 2, 2, dtype=fp16), draw(3)),
-        "vid, NaN": case(vid_nll, holed, draw(2, 3, 2, 3), torch.tensor([math.nan, 0.5, -0.5]), wanted=(0, 2)),
-        "vid, strided scale": case(vid_nll, draw(2, 3, 2, 3), draw(2, 3, 2, 3), draw(3, 2)[:, 1], wanted=(0, 1), eps=0.1),
+        "vid, blocks": case(
+            vid_nll,
+            draw(1, 12, 3, 6, dtype=bf16),
+            draw(1, 12, 3, 6, dtype=bf16),
+            torch.cat((torch.tensor([30.0]), draw(11))),
+            wanted=(0, 2),
+            factor=0.5,
+            eps=0.1,
+        ),
+        "vid, squared error": case(
+            mean_squared_error,
+            draw(1, 5, 3, 5, dtype=bf16),
+            draw(1, 5, 3, 5, dtype=bf16),
+            wanted=(0, 1),
+            factor=0.5,
+            upstream=(3.0, 0.5),
+        ),
+        "vid, fp16": case(
+            vid_nll,
+            draw(1, 5, 3, 5, dtype=fp16),
+            draw(1, 5, 3, 5, dtype=fp16),
+            draw(5),
+            wanted=(0, 1, 2),
+            eps=0.1,
+            **unscaled,
+        ),
+        "vid, small variances": case(
+            vid_nll, draw(1, 2, 3, 3), draw(1, 2, 3, 3), torch.tensor([-17.0, -12.0]), wanted=(0, 2)
+        ),
+        "vid, residuals of 300": case(
+            vid_nll, torch.full((1, 3, 2, 2), 300.0, dtype=fp16), torch.zeros(1, 3, 2, 2, dtype=fp16), draw(3)
+        ),
+        "vid, NaN": case(
+            vid_nll, holed, draw(2, 3, 2, 3), torch.tensor([math.nan, 0.5, -0.5]), wanted=(0, 2)
+        ),
+        "vid, strided scale": case(
+            vid_nll, draw(2, 3, 2, 3), draw(2, 3, 2, 3), draw(3, 2)[:, 1], wanted=(0, 1), eps=0.1
+        ),
         "vid, empty": case(vid_nll, draw(0, 3, 2, 2), draw(0, 3, 2, 2), draw(3)),
-        "projected_vid, slices": case(projected_vid_nll, whole(1, 20, 6, 7, dtype=bf16), whole(12, 20, 1, 1), whole(12),
-                                      draw(1, 12, 6, 7, dtype=bf16), draw(12), wanted=(0, 1, 2, 4), factor=0.5, eps=0.1),
-        "projected_vid, fp16": case(projected_vid_nll, whole(1, 20, 5, 7, dtype=fp16), whole(20, 12, 1, 1).transpose(0, 1), whole(12),
-                                    draw(1, 12, 5, 7, dtype=fp16), draw(12), wanted=(0, 1, 2, 4), **unscaled),
-        "projected_vid, no bias": case(projected_vid_nll, whole(1, 16, 3, 3, dtype=bf16), whole(16, 16, 1, 1), None,
-                                       draw(1, 16, 3, 3, dtype=bf16), draw(16)),
-        "projected_vid, wanted target": case(projected_vid_nll, whole(1, 4, 3, 3, dtype=bf16), whole(3, 4, 1, 1), whole(3),
-                                             draw(1, 3, 3, 3, dtype=bf16), draw(3), wanted=(0, 1, 2, 3, 4), factor=0.5, eps=0.1),
-        "attention, in registers": case(attention_transfer, draw(2, 5, 3, 4), draw(2, 5, 3, 4), wanted=(0, 1), factor=0.5),
-        "attention, tiles": case(attention_transfer, draw(2, 12, 3, 4, dtype=bf16), draw(2, 5, 3, 4, dtype=bf16), wanted=(0,), factor=0.5),
-        "attention, fp16": case(attention_transfer, (300 * draw(2, 5, 3, 4)).to(fp16), draw(2, 3, 3, 4, dtype=fp16), wanted=(0,),
-                                upstream=(65536.0, 32768.0)),
+        "projected_vid, slices": case(
+            projected_vid_nll,
+            whole(1, 20, 6, 7, dtype=bf16),
+            whole(12, 20, 1, 1),
+            whole(12),
+            draw(1, 12, 6, 7, dtype=bf16),
+            draw(12),
+            wanted=(0, 1, 2, 4),
+            factor=0.5,
+            eps=0.1,
+        ),
+        "projected_vid, fp16": case(
+            projected_vid_nll,
+            whole(1, 20, 5, 7, dtype=fp16),
+            whole(20, 12, 1, 1).transpose(0, 1),
+            whole(12),
+            draw(1, 12, 5, 7, dtype=fp16),
+            draw(12),
+            wanted=(0, 1, 2, 4),
+            **unscaled,
+        ),
+        "projected_vid, no bias": case(
+            projected_vid_nll,
+            whole(1, 16, 3, 3, dtype=bf16),
+            whole(16, 16, 1, 1),
+            None,
+            draw(1, 16, 3, 3, dtype=bf16),
+            draw(16),
+        ),
+        "projected_vid, wanted target": case(
+            projected_vid_nll,
+            whole(1, 4, 3, 3, dtype=bf16),
+            whole(3, 4, 1, 1),
+            whole(3),
+            draw(1, 3, 3, 3, dtype=bf16),
+            draw(3),
+            wanted=(0, 1, 2, 3, 4),
+            factor=0.5,
+            eps=0.1,
+        ),
+        "attention, in registers": case(
+            attention_transfer, draw(2, 5, 3, 4), draw(2, 5, 3, 4), wanted=(0, 1), factor=0.5
+        ),
+        "attention, tiles": case(
+            attention_transfer,
+            draw(2, 12, 3, 4, dtype=bf16),
+            draw(2, 5, 3, 4, dtype=bf16),
+            wanted=(0,),
+            factor=0.5,
+        ),
+        "attention, fp16": case(
+            attention_transfer,
+            (300 * draw(2, 5, 3, 4)).to(fp16),
+            draw(2, 3, 3, 4, dtype=fp16),
+            wanted=(0,),
+            upstream=(65536.0, 32768.0),
+        ),
         "attention, tiny": case(attention_transfer, tiny * draw(3, 5, 3, 4), draw(3, 3, 3, 4), wanted=(0,)),
-        "attention, tiny tiles": case(attention_transfer, tiny * draw(3, 12, 3, 4), draw(3, 3, 3, 4), wanted=(0,)),
-        "kd, strided": case(softened_kl, wide[:, :10], 3 * draw(5, 17)[:, :10], wanted=(0, 1), factor=0.5, temperature=3.0),
-        "kd, fp16": case(softened_kl, draw(2, 10, dtype=fp16), draw(2, 10, dtype=fp16), wanted=(0, 1), temperature=3.0, **unscaled),
+        "attention, tiny tiles": case(
+            attention_transfer, tiny * draw(3, 12, 3, 4), draw(3, 3, 3, 4), wanted=(0,)
+        ),
+        "kd, strided": case(
+            softened_kl, wide[:, :10], 3 * draw(5, 17)[:, :10], wanted=(0, 1), factor=0.5, temperature=3.0
+        ),
+        "kd, fp16": case(
+            softened_kl,
+            draw(2, 10, dtype=fp16),
+            draw(2, 10, dtype=fp16),
+            wanted=(0, 1),
+            temperature=3.0,
+            **unscaled,
+        ),
     }
 
 
@@ -165,8 +267,11 @@ def results(function, tensors, upstream) -> Iterator[Tensor]:
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     loss = function(*tensors)
     yield loss.detach()
-    gradients = [torch.autograd.grad(loss, wanted, torch.full_like(loss, each), retain_graph=True, allow_unused=True)
-                 for each in upstream if wanted]
+    gradients = [
+        torch.autograd.grad(loss, wanted, torch.full_like(loss, each), retain_graph=True, allow_unused=True)
+        for each in upstream
+        if wanted
+    ]
     yield from (gradient for each in gradients for gradient in each)
 
 
@@ -177,7 +282,9 @@ def leaves(tensors, convert):
 @cache
 def expected(name) -> list[Tensor]:
     formula, tensors, options, factor, upstream = cases()[name]
-    return list(results(lambda *args: factor * formula(*args, **options), leaves(tensors, Tensor.double), upstream))
+    return list(
+        results(lambda *args: factor * formula(*args, **options), leaves(tensors, Tensor.double), upstream)
+    )
 
 
 def verify(package, name, impl) -> None:
@@ -185,15 +292,22 @@ def verify(package, name, impl) -> None:
     formula, tensors, options, factor, upstream = cases()[name]
     with Walled() as memory:
         if impl == "equation":
-            tensors, function = leaves(tensors, lambda t: memory.copy(t.double())), getattr(package.reference, formula.__name__)
+            tensors, function = (
+                leaves(tensors, lambda t: memory.copy(t.double())),
+                getattr(package.reference, formula.__name__),
+            )
             found = results(lambda *args: factor * function(*args, **options), tensors, upstream)
         else:
             tensors, function = leaves(tensors, memory.copy), getattr(package, formula.__name__)
-            found = results(lambda *args: function(*args, **options, factor=factor, impl=impl), tensors, upstream)
+            found = results(
+                lambda *args: function(*args, **options, factor=factor, impl=impl), tensors, upstream
+            )
         precision = TOLERANCE[tensors[0].dtype]
         for position, (got, want) in enumerate(zip(found, expected(name), strict=True)):
             assert got is not None, "no gradient"
-            tolerance = (precision if position else min(precision, 1e-5)) * want.nan_to_num(0).abs().max().item()
+            tolerance = (precision if position else min(precision, 1e-5)) * want.nan_to_num(
+                0
+            ).abs().max().item()
             torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance, equal_nan=True)
     memory.check()
 
@@ -223,18 +337,28 @@ def load(folder: Path, name: str, module="", text="", replacement=""):
         source = path.read_text()
         if path.stem == module:
             if source.count(text) != 1:
-                pytest.fail(f"kernels/{module}.py has {text!r} {source.count(text)} times, not once: renew the fault in tests/faults.py")
+                pytest.fail(
+                    f"kernels/{module}.py has {text!r} {source.count(text)} times, not once: renew the fault in tests/faults.py"
+                )
             source = source.replace(text, replacement)
-        (folder / name / path.name).write_text(source.replace("fastvid.kernels", name).replace("fastvid::", f"{name}::"))
+        (folder / name / path.name).write_text(
+            source.replace("fastvid.kernels", name).replace("fastvid::", f"{name}::")
+        )
     package = importlib.import_module(name)
-    launches = {cut: launch._replace(rows=16, slice=16, programs=2) for cut, launch in package.projected_vid._LAUNCHES.items()}
+    launches = {
+        cut: launch._replace(rows=16, slice=16, programs=2)
+        for cut, launch in package.projected_vid._LAUNCHES.items()
+    }
     for part, constants in (
         (package.vid, {"_TILE": 32, "_WIDEST": 8, "_PROGRAMS": 6, "FINISH_TILE": 16}),
         (package.projected_vid, {"_LAUNCHES": launches, "FINISH_TILE": 128, "_SUM_BLOCK": 128}),
         (package.attention, {"_IN_REGISTERS": 128, "_TILE": 64, "_POSITIONS": 8}),
-        (package.kd, {"_TILE": 32}), (package.blocked, {"_BLOCK": 64}),
+        (package.kd, {"_TILE": 32}),
+        (package.blocked, {"_BLOCK": 64}),
     ):
-        assert vars(part).keys() >= constants.keys(), f"{part.__name__} no longer has all of {list(constants)}"
+        assert vars(part).keys() >= constants.keys(), (
+            f"{part.__name__} no longer has all of {list(constants)}"
+        )
         vars(part).update(constants)
     return package
 
@@ -253,9 +377,17 @@ def test_the_oracle_passes_a_copy_without_a_fault(copied):
     verify_all(copied())
 
 
-@pytest.mark.parametrize("module, fault", [
-    pytest.param(module, fault, id=f"{module}-{name}") for module, faults in FAULTS.items() for name, fault in faults.items()])
+@pytest.mark.parametrize(
+    "module, fault",
+    [
+        pytest.param(module, fault, id=f"{module}-{name}")
+        for module, faults in FAULTS.items()
+        for name, fault in faults.items()
+    ],
+)
 def test_the_oracle_catches_a_seeded_fault(module, fault, copied):
     package = copied(module, *fault)
-    with pytest.raises(AssertionError):  # anything else that is raised would be seen anyway, and is no test of the oracle
+    with pytest.raises(
+        AssertionError
+    ):  # anything else that is raised would be seen anyway, and is no test of the oracle
         verify_all(package, module)

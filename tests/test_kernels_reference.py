@@ -1,4 +1,5 @@
 """The reference against hand-worked numbers, PyTorch's own losses, closed-form gradients and properties."""
+
 import math
 
 import pytest
@@ -29,6 +30,7 @@ def raw(variance):
 
 # --- hand-worked numbers
 
+
 def test_vid_nll_of_two_channels_by_hand():
     mean = torch.tensor([[[[0.0, 0.0]], [[1.0, 3.0]]]])
     target = torch.tensor([[[[1.0, -1.0]], [[3.0, -1.0]]]])
@@ -39,23 +41,32 @@ def test_vid_nll_of_two_channels_by_hand():
 
 def test_vid_nll_with_a_vanishing_scale_has_eps_as_its_variance():
     # softplus(-200) is 0: ½ [1/0.5 + ln 0.5]
-    value = reference.vid_nll(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([-200.0]), eps=0.5)
+    value = reference.vid_nll(
+        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([-200.0]), eps=0.5
+    )
     assert value.item() == pytest.approx(0.6534264, abs=1e-6)
 
 
 def test_vid_nll_adds_an_eps_of_1e_5_unless_told():
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for function in (reference.vid_nll, kernels.vid_nll):
-        assert function(zero, zero, torch.tensor([-200.0], dtype=torch.float64)).item() == pytest.approx(0.5 * math.log(1e-5), **CLOSE)
+        assert function(zero, zero, torch.tensor([-200.0], dtype=torch.float64)).item() == pytest.approx(
+            0.5 * math.log(1e-5), **CLOSE
+        )
 
 
-@pytest.mark.parametrize("bias, expected", [
-    pytest.param(torch.tensor([0.5]), 2.0, id="bias"),  # mean = 3·1 - 1·2 + 0.5 = 1.5, ½·(3.5 - 1.5)²
-    pytest.param(None, 3.125, id="no-bias"),  # mean = 1, ½·2.5²
-])
+@pytest.mark.parametrize(
+    "bias, expected",
+    [
+        pytest.param(torch.tensor([0.5]), 2.0, id="bias"),  # mean = 3·1 - 1·2 + 0.5 = 1.5, ½·(3.5 - 1.5)²
+        pytest.param(None, 3.125, id="no-bias"),  # mean = 1, ½·2.5²
+    ],
+)
 def test_projected_vid_nll_of_one_position_by_hand(bias, expected):
     hidden, weight = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
-    value = reference.projected_vid_nll(hidden, weight, bias, torch.full((1, 1, 1, 1), 3.5), torch.tensor([raw(1.0)]), eps=0.0)
+    value = reference.projected_vid_nll(
+        hidden, weight, bias, torch.full((1, 1, 1, 1), 3.5), torch.tensor([raw(1.0)]), eps=0.0
+    )
     assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -76,13 +87,16 @@ def test_softened_kl_of_two_images_by_hand():
 
 # --- independent oracles
 
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [1e-5, 1e-1])
 def test_vid_nll_is_pytorchs_gaussian_likelihood(shape, eps):
     mean, target, raw_scale = draw(*shape), draw(*shape, seed=1), draw(shape[1], seed=2)
     variance = (torch.log1p(raw_scale.exp()) + eps).view(1, -1, 1, 1).expand(shape)
     expected = F.gaussian_nll_loss(mean, target, variance, full=False, eps=1e-12)
-    assert reference.vid_nll(mean, target, raw_scale, eps=eps).item() == pytest.approx(expected.item(), **CLOSE)
+    assert reference.vid_nll(mean, target, raw_scale, eps=eps).item() == pytest.approx(
+        expected.item(), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -91,22 +105,31 @@ def test_projected_vid_nll_is_the_likelihood_of_a_matrix_product(shape):
     weight, bias, raw_scale = draw(shape[1], 5, 1, 1, seed=2), draw(shape[1], seed=3), draw(shape[1], seed=4)
     mean = torch.einsum("ck,bkhw->bchw", weight[:, :, 0, 0], hidden) + bias[:, None, None]
     expected = reference.vid_nll(mean, target, raw_scale)
-    assert reference.projected_vid_nll(hidden, weight, bias, target, raw_scale).item() == pytest.approx(expected.item(), **CLOSE)
+    assert reference.projected_vid_nll(hidden, weight, bias, target, raw_scale).item() == pytest.approx(
+        expected.item(), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
 def test_softened_kl_is_pytorchs_divergence_times_t_squared(temperature):
     student, teacher = 5 * draw(6, 10), 5 * draw(6, 10, seed=1)
-    expected = F.kl_div(F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1), reduction="batchmean")
+    expected = F.kl_div(
+        F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1), reduction="batchmean"
+    )
     value = reference.softened_kl(student, teacher, temperature=temperature)
     assert value.item() == pytest.approx(temperature**2 * expected.item(), **CLOSE)
 
 
 # --- gradients
 
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_vid_gradients_are_the_closed_forms(shape):
-    mean, target, a = draw(*shape).requires_grad_(), draw(*shape, seed=1), draw(shape[1], seed=2).requires_grad_()
+    mean, target, a = (
+        draw(*shape).requires_grad_(),
+        draw(*shape, seed=1),
+        draw(shape[1], seed=2).requires_grad_(),
+    )
     reference.vid_nll(mean, target, a).backward()
     v, size = torch.log1p(a.detach().exp()) + 1e-5, mean.numel()
     v = v[:, None, None]
@@ -116,18 +139,39 @@ def test_vid_gradients_are_the_closed_forms(shape):
     torch.testing.assert_close(a.grad, expected, rtol=1e-10, atol=1e-13)  # the difference cancels some digits
 
 
-@pytest.mark.parametrize("function, inputs", [
-    pytest.param(reference.vid_nll, lambda: (draw(2, 3, 2, 3), draw(2, 3, 2, 3, seed=1), draw(3, seed=2)), id="vid_nll"),
-    pytest.param(reference.projected_vid_nll, lambda: (
-        draw(2, 4, 2, 3), draw(3, 4, 1, 1, seed=1), draw(3, seed=2), draw(2, 3, 2, 3, seed=3), draw(3, seed=4)), id="projected_vid_nll"),
-    pytest.param(reference.attention_transfer, lambda: (draw(2, 3, 2, 3), draw(2, 4, 2, 3, seed=1)), id="attention_transfer"),
-    pytest.param(reference.softened_kl, lambda: (draw(3, 5), draw(3, 5, seed=1)), id="softened_kl"),
-])
+@pytest.mark.parametrize(
+    "function, inputs",
+    [
+        pytest.param(
+            reference.vid_nll,
+            lambda: (draw(2, 3, 2, 3), draw(2, 3, 2, 3, seed=1), draw(3, seed=2)),
+            id="vid_nll",
+        ),
+        pytest.param(
+            reference.projected_vid_nll,
+            lambda: (
+                draw(2, 4, 2, 3),
+                draw(3, 4, 1, 1, seed=1),
+                draw(3, seed=2),
+                draw(2, 3, 2, 3, seed=3),
+                draw(3, seed=4),
+            ),
+            id="projected_vid_nll",
+        ),
+        pytest.param(
+            reference.attention_transfer,
+            lambda: (draw(2, 3, 2, 3), draw(2, 4, 2, 3, seed=1)),
+            id="attention_transfer",
+        ),
+        pytest.param(reference.softened_kl, lambda: (draw(3, 5), draw(3, 5, seed=1)), id="softened_kl"),
+    ],
+)
 def test_gradients_are_those_of_finite_differences(function, inputs):
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in inputs()])
 
 
 # --- properties
+
 
 def test_vid_is_least_where_the_variance_is_the_mean_square_residual():
     mean, target = draw(4, 3, 5, 5), draw(4, 3, 5, 5, seed=1)
@@ -156,7 +200,9 @@ def test_attention_transfer_ignores_positive_factors_per_image_and_is_zero_for_e
 def test_attention_transfer_looks_at_positions_and_not_at_channels():
     student, teacher = draw(3, 4, 5, 5), draw(3, 6, 5, 5, seed=1)
     expected = reference.attention_transfer(student, teacher).item()
-    assert reference.attention_transfer(student.flip(1).repeat(1, 2, 1, 1), teacher).item() == pytest.approx(expected, **CLOSE)
+    assert reference.attention_transfer(student.flip(1).repeat(1, 2, 1, 1), teacher).item() == pytest.approx(
+        expected, **CLOSE
+    )
     assert reference.attention_transfer(student.flip(2), teacher).item() != pytest.approx(expected, rel=1e-3)
 
 
@@ -171,25 +217,38 @@ def test_attention_transfer_of_a_dead_map_is_finite_and_so_is_its_gradient():
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_softened_kl_is_zero_for_equal_distributions_and_positive_otherwise(temperature):
     student, teacher = draw(6, 10), draw(6, 10, seed=1)
-    assert reference.softened_kl(student, student + 3, temperature=temperature).item() == pytest.approx(0, abs=1e-12)
+    assert reference.softened_kl(student, student + 3, temperature=temperature).item() == pytest.approx(
+        0, abs=1e-12
+    )
     for row in range(6):
-        assert reference.softened_kl(student[row:row + 1], teacher[row:row + 1], temperature=temperature) > 0
+        assert (
+            reference.softened_kl(student[row : row + 1], teacher[row : row + 1], temperature=temperature) > 0
+        )
 
 
 def test_softened_kl_stays_finite_where_a_class_has_no_probability():
     logits = torch.tensor([[1e4, -1e4]])
     assert kernels.softened_kl(logits, logits).item() == 0
-    assert kernels.softened_kl(logits, -logits).item() == pytest.approx(16 * 2e4 / 4)  # T² times the difference of logits over T
+    assert kernels.softened_kl(logits, -logits).item() == pytest.approx(
+        16 * 2e4 / 4
+    )  # T² times the difference of logits over T
 
 
 # --- the public functions, on every type of number and layout
 
 CALLS = {
     "vid_nll": lambda f, x, y: f(x, y, torch.zeros(3, device=x.device)),
-    "projected_vid_nll": lambda f, x, y: f(x, torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None], None, y,
-                                           torch.zeros(3, device=x.device)),
+    "projected_vid_nll": lambda f, x, y: f(
+        x,
+        torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None],
+        None,
+        y,
+        torch.zeros(3, device=x.device),
+    ),
     "attention_transfer": lambda f, x, y: f(x, y),
-    "softened_kl": lambda f, x, y: f(8 * x[:, :, 0, 0], 8 * y[:, :, 0, 0]),  # far apart, so that little cancels
+    "softened_kl": lambda f, x, y: f(
+        8 * x[:, :, 0, 0], 8 * y[:, :, 0, 0]
+    ),  # far apart, so that little cancels
 }
 each_function = pytest.mark.parametrize("name", CALLS)
 
@@ -204,7 +263,9 @@ def test_the_loss_of_half_precision_maps_is_the_fp32_loss_of_the_same_numbers(na
     x, y = (draw(2, 3, 4, 4, seed=seed).to(device, dtype) for seed in (0, 1))
     value = call(name, x, y)
     assert value.shape == () and value.dtype == torch.float32
-    expected = CALLS[name](lambda *args: getattr(reference, name)(*(a if a is None else a.double() for a in args)), x, y).item()
+    expected = CALLS[name](
+        lambda *args: getattr(reference, name)(*(a if a is None else a.double() for a in args)), x, y
+    ).item()
     # fp32 rounds logarithms, differences, squares, products and sums by 2^-24 each, and the differences cancel at most one digit
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
@@ -225,7 +286,9 @@ def test_residuals_of_300_in_fp16_do_not_overflow(name):
 
 def test_attention_of_values_of_300_in_fp16_does_not_overflow():
     x = torch.full((1, 2, 1, 2), 300.0, dtype=torch.float16)
-    assert kernels.attention_transfer(x, torch.tensor([[[[1.0, 0.0]]]])).item() == pytest.approx(1 - 0.5**0.5, rel=1e-6)
+    assert kernels.attention_transfer(x, torch.tensor([[[[1.0, 0.0]]]])).item() == pytest.approx(
+        1 - 0.5**0.5, rel=1e-6
+    )
 
 
 @each_function
@@ -235,11 +298,14 @@ def test_fp64_stays_fp64(name):
 
 
 @each_function
-@pytest.mark.parametrize("layout", [
-    pytest.param(lambda x: x.to(memory_format=torch.channels_last), id="channels-last"),
-    pytest.param(lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), id="transposed"),
-    pytest.param(lambda x: torch.cat((x, x))[2:], id="part-of-a-larger-tensor"),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(lambda x: x.to(memory_format=torch.channels_last), id="channels-last"),
+        pytest.param(lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), id="transposed"),
+        pytest.param(lambda x: torch.cat((x, x))[2:], id="part-of-a-larger-tensor"),
+    ],
+)
 def test_the_layout_in_memory_does_not_matter(name, layout):
     x, y = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
     assert call(name, layout(x), y).item() == pytest.approx(call(name, x, y).item(), **CLOSE)

@@ -2,6 +2,7 @@
 
 Without a GPU they run in Triton's interpreter, with one they run natively: the same tests, the same tolerances.
 """
+
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,10 +24,14 @@ from fastvid import kernels
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 CL = torch.channels_last
 OPS = ("vid_nll", "mean_squared_error", "projected_vid_nll", "attention_transfer", "softened_kl")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about the infinities and NaNs that are meant
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # of NumPy, about the infinities and NaNs that are meant
 each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=["fp32", "bf16", "fp16"])
-only_interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="moves the program index, which only the interpreter lets it")
+only_interpreted = pytest.mark.skipif(
+    DEVICE != "cpu", reason="moves the program index, which only the interpreter lets it"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,10 +42,17 @@ def quick_and_balanced_interpreter():
     if DEVICE != "cpu":
         yield
         return
-    patch, scopes, builder, nothing = interpreter._patch_lang, {}, interpreter.interpreter_builder, interpreter._LangPatchScope()
+    patch, scopes, builder, nothing = (
+        interpreter._patch_lang,
+        {},
+        interpreter.interpreter_builder,
+        interpreter._LangPatchScope(),
+    )
 
     def patch_once(function):
-        if id(function.__globals__) not in scopes:  # it patches those modules of the language that a file has imported
+        if (
+            id(function.__globals__) not in scopes
+        ):  # it patches those modules of the language that a file has imported
             scopes[id(function.__globals__)] = patch(function)
         return nothing
 
@@ -61,6 +73,7 @@ def quick_and_balanced_interpreter():
 
 # --- inputs, and how they are used
 
+
 def draw(*shape, dtype=fp32, times=1.0, seed=0):
     """Finite normal numbers times `times`; a map is channels-last."""
     drawn = times * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -68,22 +81,39 @@ def draw(*shape, dtype=fp32, times=1.0, seed=0):
     return drawn.contiguous(memory_format=CL) if len(shape) == 4 else drawn
 
 
-def inputs_of(op, shape, *, dtype=fp32, other=None, times=1.0, teacher_times=None, near=None, channels=None, bias=True, raw=(-2.0, 2.0),
-              seed=0):
+def inputs_of(
+    op,
+    shape,
+    *,
+    dtype=fp32,
+    other=None,
+    times=1.0,
+    teacher_times=None,
+    near=None,
+    channels=None,
+    bias=True,
+    raw=(-2.0, 2.0),
+    seed=0,
+):
     """Every input of `op` by name. `other`: dtype of the teacher's side. `near`: the teacher's numbers are the student's times 1 + near·n,
     where the shapes allow it. `channels`: of the teacher's map (attention), or of the hidden map (projected)."""
     other, teacher_times = other or dtype, teacher_times or times
     batch, width, *positions = shape
 
     def maps(first, second, student_shape=shape, teacher_shape=shape):
-        student, teacher = draw(*student_shape, dtype=dtype, times=times, seed=seed), draw(*teacher_shape, seed=seed + 1)
+        student, teacher = (
+            draw(*student_shape, dtype=dtype, times=times, seed=seed),
+            draw(*teacher_shape, seed=seed + 1),
+        )
         if near is None or student_shape != teacher_shape:
             teacher = teacher_times * teacher
         else:
             teacher = student.float() * (1 + near * teacher)
         return {first: student, second: teacher.clamp(-65504, 65504).to(other)}
 
-    scale = raw[0] + (raw[1] - raw[0]) * torch.rand(width, generator=torch.Generator().manual_seed(seed + 2)).to(DEVICE, other)
+    scale = raw[0] + (raw[1] - raw[0]) * torch.rand(
+        width, generator=torch.Generator().manual_seed(seed + 2)
+    ).to(DEVICE, other)
     if op == "vid_nll":
         return {**maps("mean", "target"), "raw_scale": scale}
     if op == "mean_squared_error":
@@ -94,28 +124,47 @@ def inputs_of(op, shape, *, dtype=fp32, other=None, times=1.0, teacher_times=Non
         return maps("student_logits", "teacher_logits")
     hidden = channels or 2 * width
     both = maps("hidden", "target", student_shape=(batch, hidden, *positions))
-    return {"hidden": both["hidden"], "weight": draw(width, hidden, 1, 1, dtype=other, times=hidden**-0.5, seed=seed + 3),
-            "bias": draw(width, dtype=other, times=times, seed=seed + 4) if bias else None, "target": both["target"], "raw_scale": scale}
+    return {
+        "hidden": both["hidden"],
+        "weight": draw(width, hidden, 1, 1, dtype=other, times=hidden**-0.5, seed=seed + 3),
+        "bias": draw(width, dtype=other, times=times, seed=seed + 4) if bias else None,
+        "target": both["target"],
+        "raw_scale": scale,
+    }
 
 
 LAYOUTS = {  # how a map or logits reach the loss: the leaves that hold the numbers, and what is made of them
     "dense": (lambda x: [x], lambda x: x),
-    "part": (lambda x: [F.pad(x, (0, 3)) if x.dim() == 2 else torch.cat((x[:1], x)).contiguous(memory_format=CL)],
-             lambda whole: whole[:, :-3] if whole.dim() == 2 else whole[1:]),
+    "part": (
+        lambda x: [F.pad(x, (0, 3)) if x.dim() == 2 else torch.cat((x[:1], x)).contiguous(memory_format=CL)],
+        lambda whole: whole[:, :-3] if whole.dim() == 2 else whole[1:],
+    ),
     "cat": (lambda x: [x[:1], x[1:]], lambda *parts: _dense(torch.cat(parts))),
-    "transposed": (lambda x: [x.t().contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).contiguous()],
-                   lambda x: x.t().contiguous() if x.dim() == 2 else x.permute(0, 3, 1, 2)),
+    "transposed": (
+        lambda x: [x.t().contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).contiguous()],
+        lambda x: x.t().contiguous() if x.dim() == 2 else x.permute(0, 3, 1, 2),
+    ),
 }
-UPSTREAM = {"1": (1, lambda loss: loss), "65536": (65536, lambda loss: loss * 65536), "stride-0": (3, lambda loss: loss.expand(3).sum())}
+UPSTREAM = {
+    "1": (1, lambda loss: loss),
+    "65536": (65536, lambda loss: loss * 65536),
+    "stride-0": (3, lambda loss: loss.expand(3).sum()),
+}
 
 
 def _dense(x):
-    return x.contiguous(memory_format=CL) if x.dim() == 4 else x  # as it is, but where one channel or one position leaves it open
+    return (
+        x.contiguous(memory_format=CL) if x.dim() == 4 else x
+    )  # as it is, but where one channel or one position leaves it open
 
 
 def learners(inputs):
     """What usually learns: everything that is there, but for the target of a projection, which would take it out of the kernel."""
-    return [name for name, value in inputs.items() if value is not None and not (name == "target" and "hidden" in inputs)]
+    return [
+        name
+        for name, value in inputs.items()
+        if value is not None and not (name == "target" and "hidden" in inputs)
+    ]
 
 
 def evaluate(op, inputs, *, impl="triton", wanted=None, layout="dense", upstream="1", **options):
@@ -123,12 +172,22 @@ def evaluate(op, inputs, *, impl="triton", wanted=None, layout="dense", upstream
     wanted = learners(inputs) if wanted is None else wanted
     leaves, used, build = {}, {}, {}
     for name, value in inputs.items():
-        take, build[name] = LAYOUTS["dense" if value is None or name in ("weight", "bias", "raw_scale") else layout]
-        leaves[name] = [leaf if leaf is None else leaf.detach().clone().requires_grad_(name in wanted) for leaf in take(value)]
+        take, build[name] = LAYOUTS[
+            "dense" if value is None or name in ("weight", "bias", "raw_scale") else layout
+        ]
+        leaves[name] = [
+            leaf if leaf is None else leaf.detach().clone().requires_grad_(name in wanted)
+            for leaf in take(value)
+        ]
         used[name] = build[name](*leaves[name])
     loss = getattr(kernels, op)(**used, impl=impl, **options)
-    gradients = iter(torch.autograd.grad(UPSTREAM[upstream][1](loss), [leaf for name in wanted for leaf in leaves[name]]))
-    return {"loss": loss.detach(), **{name: build[name](*(next(gradients) for _ in leaves[name])) for name in wanted}}
+    gradients = iter(
+        torch.autograd.grad(UPSTREAM[upstream][1](loss), [leaf for name in wanted for leaf in leaves[name]])
+    )
+    return {
+        "loss": loss.detach(),
+        **{name: build[name](*(next(gradients) for _ in leaves[name])) for name in wanted},
+    }
 
 
 # --- how exact a result has to be
@@ -145,7 +204,11 @@ def evaluate(op, inputs, *, impl="triton", wanted=None, layout="dense", upstream
 # ulp for each rounding on the way. These hold one rounding (2^-8, 2^-11); what is written for an upstream gradient of 1 and scaled by
 # another, in bf16 only, is rounded twice, and may be twice as far off.
 CAPS = {fp32: 0.0, bf16: 4e-3, fp16: 5e-4}
-LEAST = {fp32: 2.0**-100, bf16: 2.0**-100, fp16: 2.0**-24}  # smallest ulp: fp16 has subnormals; what is below 2^-100 may be flushed
+LEAST = {
+    fp32: 2.0**-100,
+    bf16: 2.0**-100,
+    fp16: 2.0**-24,
+}  # smallest ulp: fp16 has subnormals; what is below 2^-100 may be flushed
 
 
 class Allowed(NamedTuple):
@@ -167,23 +230,38 @@ def allowed_likelihood(residual, doubt, raw_scale, eps, lost=0.0):
     v = variance[:, None, None]
     square, lost_square = (r + 2 * doubt) * r, 2 * r * lost
     half = torch.sigmoid(raw_scale) / (2 * len(variance))
-    squares, lost_squares = (x.mean((0, 2, 3)) / variance**2 for x in (square, lost_square * torch.ones_like(r)))
+    squares, lost_squares = (
+        x.mean((0, 2, 3)) / variance**2 for x in (square, lost_square * torch.ones_like(r))
+    )
     return 1 / (v * size), {
-        "loss": Allowed(0.5 * ((square / v).mean() + (variance.log().abs() + 1).mean()), 0.5 * (lost_square / v).mean()),
-        "raw_scale": Allowed(half * (1 / variance + 2 * squares), half * lost_squares)}
+        "loss": Allowed(
+            0.5 * ((square / v).mean() + (variance.log().abs() + 1).mean()), 0.5 * (lost_square / v).mean()
+        ),
+        "raw_scale": Allowed(half * (1 / variance + 2 * squares), half * lost_squares),
+    }
 
 
 def allowed_vid_nll(mean, target, raw_scale, eps=1e-5, number=1.0):
     slope, allowed = allowed_likelihood(mean - target, torch.zeros_like(mean), raw_scale, eps)
-    return {**allowed, "mean": Allowed((mean - target).abs() * slope), "target": Allowed((mean - target).abs() * slope)}
+    return {
+        **allowed,
+        "mean": Allowed((mean - target).abs() * slope),
+        "target": Allowed((mean - target).abs() * slope),
+    }
 
 
 def allowed_mean_squared_error(prediction, target, number=1.0):
     slope = 2 * (prediction - target).abs() / prediction.numel()
-    return {"loss": Allowed((prediction - target).square().mean()), "prediction": Allowed(slope), "target": Allowed(slope)}
+    return {
+        "loss": Allowed((prediction - target).square().mean()),
+        "prediction": Allowed(slope),
+        "target": Allowed(slope),
+    }
 
 
-def allowed_projected_vid_nll(hidden, weight, bias, target, raw_scale, eps=1e-5, number=1.0, factor=1.0, dtype=fp32, fused=False):
+def allowed_projected_vid_nll(
+    hidden, weight, bias, target, raw_scale, eps=1e-5, number=1.0, factor=1.0, dtype=fp32, fused=False
+):
     """In the kernel d = ∂loss/∂mean is rounded once to the dtype of hidden, in bf16 before it is multiplied by upstream, in fp16 after.
     As a convolution the mean, the bias and all its gradients are in that dtype, and d is rounded twice: before and after upstream."""
     bias = torch.zeros_like(raw_scale) if bias is None else bias
@@ -197,13 +275,20 @@ def allowed_projected_vid_nll(hidden, weight, bias, target, raw_scale, eps=1e-5,
 
     def through(multiply):  # a convolution backward, of magnitudes
         exact = multiply(d.abs())
-        return Allowed(multiply(magnitude), multiply(rounded) + (0 if fused else ulp(exact * number, dtype) / number))
+        return Allowed(
+            multiply(magnitude), multiply(rounded) + (0 if fused else ulp(exact * number, dtype) / number)
+        )
 
     nothing = torch.zeros_like(rounded)
-    return {**allowed, "target": Allowed(magnitude, rounded),
-            "hidden": through(lambda t: torch.einsum("ck,bchw->bkhw", weight[:, :, 0, 0].abs(), t)),
-            "weight": through(lambda t: torch.einsum("bkhw,bchw->ck", hidden.abs(), t)[:, :, None, None]),
-            "bias": Allowed(magnitude.sum((0, 2, 3)), nothing.sum((0, 2, 3))) if fused else through(lambda t: t.sum((0, 2, 3)))}
+    return {
+        **allowed,
+        "target": Allowed(magnitude, rounded),
+        "hidden": through(lambda t: torch.einsum("ck,bchw->bkhw", weight[:, :, 0, 0].abs(), t)),
+        "weight": through(lambda t: torch.einsum("bkhw,bchw->ck", hidden.abs(), t)[:, :, None, None]),
+        "bias": Allowed(magnitude.sum((0, 2, 3)), nothing.sum((0, 2, 3)))
+        if fused
+        else through(lambda t: t.sum((0, 2, 3))),
+    }
 
 
 def allowed_attention_transfer(student, teacher, number=1.0):
@@ -225,14 +310,19 @@ def allowed_softened_kl(student_logits, teacher_logits, temperature=4.0, number=
     ps, pt, slope = s.exp(), t.exp(), temperature / len(s)
     # log p is off by 2^-24 of itself and of 1, p by that relative to itself
     terms = pt * ((1 + t.abs()) * (t - s).abs() + t.abs() + s.abs() + 1)
-    return {"loss": Allowed(temperature * slope * terms.sum()),
-            "student_logits": Allowed(slope * (ps * (1 + s.abs()) + pt * (1 + t.abs()))),
-            "teacher_logits": Allowed(slope * (terms + pt * (2 + t.abs()) * terms.sum(1, keepdim=True)))}
+    return {
+        "loss": Allowed(temperature * slope * terms.sum()),
+        "student_logits": Allowed(slope * (ps * (1 + s.abs()) + pt * (1 + t.abs()))),
+        "teacher_logits": Allowed(slope * (terms + pt * (2 + t.abs()) * terms.sum(1, keepdim=True))),
+    }
 
 
 def check(op, inputs, *, wanted=None, layout="dense", upstream="1", factor=1.0, **options):
     """Evaluates `op` in Triton, and asserts of each result that it is exact enough."""
-    wanted, options = learners(inputs) if wanted is None else wanted, {"upstream": upstream, "factor": factor, **options}
+    wanted, options = (
+        learners(inputs) if wanted is None else wanted,
+        {"upstream": upstream, "factor": factor, **options},
+    )
     got = evaluate(op, inputs, wanted=wanted, layout=layout, **options)
     eager = evaluate(op, inputs, wanted=wanted, impl="reference", **options)
     exact_inputs = {name: x if x is None else x.double() for name, x in inputs.items()}
@@ -249,28 +339,42 @@ def check(op, inputs, *, wanted=None, layout="dense", upstream="1", factor=1.0, 
         assert x.dtype == (fp32 if value is None else value.dtype) and x.shape == exact[name].shape, name
         most, times = torch.finfo(x.dtype).max, factor if value is None else number
         assert x.isnan().sum() == 0, f"{name} of {op} is NaN"
-        x, e, r = (t.double().clamp(-most, most) for t in (x, eager[name], exact[name]))  # beyond the largest number it is infinity
+        x, e, r = (
+            t.double().clamp(-most, most) for t in (x, eager[name], exact[name])
+        )  # beyond the largest number it is infinity
         magnitude, coarse = (times * torch.as_tensor(t, device=r.device) for t in allowed[name])
         own = ulp(r, got[name].dtype) if got[name].dtype != fp32 else torch.zeros_like(r)
         unit = ulp(magnitude, fp32) + (own + coarse) / 4
         error, eager_error = (x - r).abs() / unit, ((e - r).abs() / unit).max()
-        assert error.max() <= 2 * eager_error + 4, f"{name} of {op} is off by {error.max():.1f} units, eager by {eager_error:.1f}"
+        assert error.max() <= 2 * eager_error + 4, (
+            f"{name} of {op} is off by {error.max():.1f} units, eager by {eager_error:.1f}"
+        )
         roundings = 1 + (got[name].dtype == bf16 and upstream == "stride-0")
-        rms = roundings * CAPS[got[name].dtype] * r.norm() + 1e-6 * magnitude.norm() + (coarse / 2 * torch.ones_like(r)).norm()
-        assert (x - r).norm() <= rms + LEAST[got[name].dtype] * r.numel()**0.5, f"{name} of {op}: root mean square of the error"
+        rms = (
+            roundings * CAPS[got[name].dtype] * r.norm()
+            + 1e-6 * magnitude.norm()
+            + (coarse / 2 * torch.ones_like(r)).norm()
+        )
+        assert (x - r).norm() <= rms + LEAST[got[name].dtype] * r.numel() ** 0.5, (
+            f"{name} of {op}: root mean square of the error"
+        )
 
 
 def runs_in_kernel(inputs, wanted):
-    return projected_vid._fits(inputs["hidden"], inputs["weight"], inputs["target"].clone().requires_grad_("target" in wanted))
+    return projected_vid._fits(
+        inputs["hidden"], inputs["weight"], inputs["target"].clone().requires_grad_("target" in wanted)
+    )
 
 
 @contextmanager
 def memory_starts_as_nan():
     """New floating-point memory of the kernels' own is NaN, so that an element that is never written shows."""
+
     def poisoned(make):
         def made(*args, **kwargs):
             tensor = make(*args, **kwargs)
             return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
         return made
 
     with pytest.MonkeyPatch.context() as patch:
@@ -291,29 +395,64 @@ def cut(module, constants):
 
 # --- drawn inputs
 
-many = settings(max_examples=2000 if DEVICE == "cpu" else 200,  # on a GPU nearly every example is compiled
-                derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(
+    max_examples=2000 if DEVICE == "cpu" else 200,  # on a GPU nearly every example is compiled
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 DTYPES = st.tuples(st.sampled_from([fp32, bf16, fp16]), st.sampled_from([fp32, bf16, fp16]))
 TIMES = st.floats(-3, 4).map(lambda exponent: 10**exponent)
 USE = {
-    "dtypes": DTYPES, "times": st.tuples(TIMES, TIMES), "near": st.sampled_from([None, None, 2**-8, 0.0]), "seed": st.integers(0, 2**31),
-    "learns": st.sampled_from([slice(1), slice(1), slice(2), slice(1, 2)]), "layout": st.sampled_from(sorted(LAYOUTS)),
-    "upstream": st.sampled_from(sorted(UPSTREAM)), "factor": st.sampled_from([1.0, 0.3, 100.0]),
+    "dtypes": DTYPES,
+    "times": st.tuples(TIMES, TIMES),
+    "near": st.sampled_from([None, None, 2**-8, 0.0]),
+    "seed": st.integers(0, 2**31),
+    "learns": st.sampled_from([slice(1), slice(1), slice(2), slice(1, 2)]),
+    "layout": st.sampled_from(sorted(LAYOUTS)),
+    "upstream": st.sampled_from(sorted(UPSTREAM)),
+    "factor": st.sampled_from([1.0, 0.3, 100.0]),
 }
 SHAPE = st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 9), st.integers(1, 3))
 RAW = st.tuples(st.floats(-10, 10), st.floats(-10, 10)).map(sorted)
 EPS = st.sampled_from([1e-5, 1e-8, 1e-2])
 
 
-def check_drawn(op, shape, dtypes, times, near, seed, learns, layout, upstream, factor, *, sizes=None, **options):
-    inputs = inputs_of(op, shape, dtype=dtypes[0], other=dtypes[1], times=times[0], teacher_times=times[1], near=near, seed=seed,
-                       **(sizes or {}))
+def check_drawn(
+    op, shape, dtypes, times, near, seed, learns, layout, upstream, factor, *, sizes=None, **options
+):
+    inputs = inputs_of(
+        op,
+        shape,
+        dtype=dtypes[0],
+        other=dtypes[1],
+        times=times[0],
+        teacher_times=times[1],
+        near=near,
+        seed=seed,
+        **(sizes or {}),
+    )
     with memory_starts_as_nan():
-        check(op, inputs, wanted=[*list(inputs)[:2][learns], *list(inputs)[2:]], layout=layout, upstream=upstream, factor=factor, **options)
+        check(
+            op,
+            inputs,
+            wanted=[*list(inputs)[:2][learns], *list(inputs)[2:]],
+            layout=layout,
+            upstream=upstream,
+            factor=factor,
+            **options,
+        )
 
 
 @many
-@given(shape=SHAPE, raw=RAW, eps=EPS, constants=st.sampled_from([{}, {}, {}, {"_TILE": 1024, "_PROGRAMS": 2}]), **USE)
+@given(
+    shape=SHAPE,
+    raw=RAW,
+    eps=EPS,
+    constants=st.sampled_from([{}, {}, {}, {"_TILE": 1024, "_PROGRAMS": 2}]),
+    **USE,
+)
 def test_vid_nll_of_drawn_maps_is_exact_enough(shape, raw, eps, constants, **use):
     with cut(vid, constants):
         check_drawn("vid_nll", shape, eps=eps, sizes={"raw": raw}, **use)
@@ -327,8 +466,12 @@ def test_mean_squared_error_of_drawn_maps_is_exact_enough(shape, constants, **us
 
 
 @many
-@given(shape=SHAPE, channels=st.none() | st.integers(1, 70),
-       constants=st.sampled_from([{}, {}, {}, {}, {}, {"_IN_REGISTERS": 0, "_POSITIONS": 16, "_TILE": 512}]), **USE)
+@given(
+    shape=SHAPE,
+    channels=st.none() | st.integers(1, 70),
+    constants=st.sampled_from([{}, {}, {}, {}, {}, {"_IN_REGISTERS": 0, "_POSITIONS": 16, "_TILE": 512}]),
+    **USE,
+)
 def test_attention_transfer_of_drawn_maps_is_exact_enough(shape, channels, constants, **use):
     with cut(attention, constants):
         check_drawn("attention_transfer", shape, sizes={"channels": channels}, **use)
@@ -342,22 +485,60 @@ def widths(draw):
 
 
 @many
-@given(widths=widths(), positions=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3)), bias=st.booleans(), raw=RAW, eps=EPS,
-       programs=st.sampled_from([512, 1]), with_target=st.sampled_from([False, False, False, True]),
-       dtypes=st.tuples(st.sampled_from([bf16, fp16, bf16, fp16, fp32]), st.sampled_from([fp32, bf16, fp16])),
-       **{name: USE[name] for name in ("times", "layout", "upstream", "factor", "seed")})
-@example(widths=(1, 1), positions=(1, 1, 1), bias=False, raw=[0.0, 3.0], eps=1e-5, programs=512, with_target=False, dtypes=(bf16, fp32),
-         times=(1.0, 1.0), layout="cat", upstream="stride-0", factor=1.0, seed=0)  # d and 3d lie on either side of a power of two
+@given(
+    widths=widths(),
+    positions=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3)),
+    bias=st.booleans(),
+    raw=RAW,
+    eps=EPS,
+    programs=st.sampled_from([512, 1]),
+    with_target=st.sampled_from([False, False, False, True]),
+    dtypes=st.tuples(st.sampled_from([bf16, fp16, bf16, fp16, fp32]), st.sampled_from([fp32, bf16, fp16])),
+    **{name: USE[name] for name in ("times", "layout", "upstream", "factor", "seed")},
+)
+@example(
+    widths=(1, 1),
+    positions=(1, 1, 1),
+    bias=False,
+    raw=[0.0, 3.0],
+    eps=1e-5,
+    programs=512,
+    with_target=False,
+    dtypes=(bf16, fp32),
+    times=(1.0, 1.0),
+    layout="cat",
+    upstream="stride-0",
+    factor=1.0,
+    seed=0,
+)  # d and 3d lie on either side of a power of two
 def test_projected_vid_nll_of_drawn_maps_is_exact_enough(
-        widths, positions, bias, raw, eps, programs, dtypes, with_target, times, layout, upstream, factor, seed):
+    widths, positions, bias, raw, eps, programs, dtypes, with_target, times, layout, upstream, factor, seed
+):
     (channels, hidden), (batch, height, width) = widths, positions
-    inputs = inputs_of("projected_vid_nll", (batch, channels, height, width), channels=hidden, bias=bias, raw=raw, dtype=dtypes[0],
-                       other=dtypes[1], times=times[0], teacher_times=times[1], seed=seed)
+    inputs = inputs_of(
+        "projected_vid_nll",
+        (batch, channels, height, width),
+        channels=hidden,
+        bias=bias,
+        raw=raw,
+        dtype=dtypes[0],
+        other=dtypes[1],
+        times=times[0],
+        teacher_times=times[1],
+        seed=seed,
+    )
     factor *= room(inputs, eps=eps, factor=factor, upstream=upstream)
     launches = {key: launch._replace(programs=programs) for key, launch in projected_vid._LAUNCHES.items()}
     with memory_starts_as_nan(), cut(projected_vid, {"_LAUNCHES": launches, "_SUM_BLOCK": 1024}):
-        check("projected_vid_nll", inputs, wanted=learners(inputs) + ["target"] * with_target, layout=layout, upstream=upstream,
-              factor=factor, eps=eps)
+        check(
+            "projected_vid_nll",
+            inputs,
+            wanted=learners(inputs) + ["target"] * with_target,
+            layout=layout,
+            upstream=upstream,
+            factor=factor,
+            eps=eps,
+        )
 
 
 def room(inputs, **options):
@@ -365,12 +546,18 @@ def room(inputs, **options):
     exact = {name: x if x is None else x.double() for name, x in inputs.items()}
     wanted = [name for name in exact if exact[name] is not None and name != "raw_scale"]
     gradients = evaluate("projected_vid_nll", exact, impl="reference", wanted=wanted, **options)
-    return 2.0 ** -max(0, *(math.ceil(math.log2(gradients[name].abs().max() / 16384 + 1e-30)) for name in wanted))
+    return 2.0 ** -max(
+        0, *(math.ceil(math.log2(gradients[name].abs().max() / 16384 + 1e-30)) for name in wanted)
+    )
 
 
 @many
-@given(shape=st.tuples(st.integers(1, 9), st.integers(1, 70)), temperature=st.floats(0.5, 20),
-       constants=st.sampled_from([{}, {}, {"_TILE": 128}]), **USE)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    temperature=st.floats(0.5, 20),
+    constants=st.sampled_from([{}, {}, {"_TILE": 128}]),
+    **USE,
+)
 def test_softened_kl_of_drawn_logits_is_exact_enough(shape, temperature, constants, **use):
     with cut(kd, constants):
         check_drawn("softened_kl", shape, temperature=temperature, **use)
@@ -396,23 +583,50 @@ def test_likelihood_and_squared_error_match_float64(op, shape, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [*MAPS[:4], pytest.param((1, 64, 32, 32), id="not-in-registers"),
-                                   pytest.param((2, 20, 40, 40), id="two-tiles-of-positions")])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *MAPS[:4],
+        pytest.param((1, 64, 32, 32), id="not-in-registers"),
+        pytest.param((2, 20, 40, 40), id="two-tiles-of-positions"),
+    ],
+)
 def test_attention_transfer_matches_float64(shape, dtype):
-    check("attention_transfer", inputs_of("attention_transfer", shape, dtype=dtype, channels=shape[1] + 2), upstream="stride-0")
+    check(
+        "attention_transfer",
+        inputs_of("attention_transfer", shape, dtype=dtype, channels=shape[1] + 2),
+        upstream="stride-0",
+    )
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [(128, 10), (5, 100), (2, 1000), (9, 3), (300, 10), (1, 1)], ids="images{0[0]}-classes{0[1]}".format)
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 10), (5, 100), (2, 1000), (9, 3), (300, 10), (1, 1)],
+    ids="images{0[0]}-classes{0[1]}".format,
+)
 def test_softened_kl_matches_float64(shape, dtype):
     check("softened_kl", inputs_of("softened_kl", shape, dtype=dtype, times=3.0), upstream="stride-0")
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("bias, weight_dtype", [(True, fp32), (False, None)], ids=["bias-and-weight-in-fp32", "no-bias"])
-@pytest.mark.parametrize("channels, hidden, in_kernel", [
-    (16, 32, True), (32, 32, True), (64, 64, True), (64, 128, True), (128, 128, True), (128, 256, True), (24, 48, True), (3, 5, True),
-    (16, 40, False)])  # 16 x 64 is not in the table
+@pytest.mark.parametrize(
+    "bias, weight_dtype", [(True, fp32), (False, None)], ids=["bias-and-weight-in-fp32", "no-bias"]
+)
+@pytest.mark.parametrize(
+    "channels, hidden, in_kernel",
+    [
+        (16, 32, True),
+        (32, 32, True),
+        (64, 64, True),
+        (64, 128, True),
+        (128, 128, True),
+        (128, 256, True),
+        (24, 48, True),
+        (3, 5, True),
+        (16, 40, False),
+    ],
+)  # 16 x 64 is not in the table
 def test_projection_matches_float64(channels, hidden, in_kernel, bias, weight_dtype, dtype):
     inputs = inputs_of("projected_vid_nll", (3, channels, 9, 9), dtype=dtype, channels=hidden, bias=bias)
     inputs["weight"] = inputs["weight"].to(weight_dtype or dtype)
@@ -421,7 +635,9 @@ def test_projection_matches_float64(channels, hidden, in_kernel, bias, weight_dt
 
 
 @pytest.mark.parametrize("dtype, with_target", [(fp32, False), (fp32, True), (bf16, True), (fp16, True)])
-def test_projection_in_fp32_or_with_a_learning_target_is_a_convolution_and_matches_float64(dtype, with_target):
+def test_projection_in_fp32_or_with_a_learning_target_is_a_convolution_and_matches_float64(
+    dtype, with_target
+):
     inputs = inputs_of("projected_vid_nll", (3, 16, 5, 7), dtype=dtype)
     wanted = learners(inputs) + ["target"] * with_target
     assert_in_kernel(False, lambda: check("projected_vid_nll", inputs, wanted=wanted, upstream="stride-0"))
@@ -429,15 +645,20 @@ def test_projection_in_fp32_or_with_a_learning_target_is_a_convolution_and_match
 
 def assert_in_kernel(expected, function):
     calls, original = [], projected_vid._launch
-    with cut(projected_vid, {"_launch": lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)}):
+    with cut(
+        projected_vid, {"_launch": lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)}
+    ):
         function()
     assert bool(calls) == expected
 
 
 # --- memory, bits, and what backward is asked for
 
+
 def small(op, dtype=bf16, batch=3, height=5, **options):
-    return inputs_of(op, (batch * height, 10) if op == "softened_kl" else (batch, 10, height, 7), dtype=dtype, **options)
+    return inputs_of(
+        op, (batch * height, 10) if op == "softened_kl" else (batch, 10, height, 7), dtype=dtype, **options
+    )
 
 
 def learning(inputs):
@@ -498,7 +719,9 @@ def test_the_gradient_of_one_input_leaves_those_of_the_others_for_later(op, dtyp
     leaves = learning(small(op, dtype))
     expected, loss = evaluate(op, small(op, dtype)), getattr(kernels, op)(**leaves, impl="triton")
     for name in reversed(learners(leaves)):
-        assert torch.equal(torch.autograd.grad(loss, leaves[name], retain_graph=True)[0], expected[name]), name
+        assert torch.equal(torch.autograd.grad(loss, leaves[name], retain_graph=True)[0], expected[name]), (
+            name
+        )
 
 
 @each_op
@@ -506,7 +729,10 @@ def test_gradients_that_vanish_in_fp16_survive_when_the_loss_is_scaled_by_65536(
     inputs, factor = small(op, fp16), {"attention_transfer": 1e-5, "softened_kl": 1e-7}.get(op, 3e-7)
     first = [*inputs][0]
     assert not evaluate(op, inputs, factor=factor, impl="reference")[first].any()
-    assert evaluate(op, inputs, factor=factor, upstream="65536")[first].count_nonzero() > 0.8 * inputs[first].numel()
+    assert (
+        evaluate(op, inputs, factor=factor, upstream="65536")[first].count_nonzero()
+        > 0.8 * inputs[first].numel()
+    )
     check(op, inputs, factor=factor, upstream="65536")
 
 
@@ -518,6 +744,7 @@ def test_a_gradient_that_forward_wrote_is_scaled_by_upstream(op):
 
 
 # --- what is not finite, and what is empty
+
 
 def assert_as_reference(op, inputs):
     got, expected = (evaluate(op, inputs, impl=impl) for impl in ("triton", "reference"))
@@ -545,7 +772,9 @@ def test_of_no_images_the_loss_is_nan_and_the_gradients_are_those_of_the_referen
 
 
 @each_dtype
-@pytest.mark.parametrize("op", ["vid_nll", "mean_squared_error", "attention_transfer"])  # a convolution refuses such maps
+@pytest.mark.parametrize(
+    "op", ["vid_nll", "mean_squared_error", "attention_transfer"]
+)  # a convolution refuses such maps
 def test_of_no_positions_the_loss_is_nan_and_the_gradients_are_those_of_the_reference(op, dtype):
     assert evaluate(op, small(op, dtype, height=0))["loss"].isnan()
     assert_as_reference(op, small(op, dtype, height=0))
@@ -553,12 +782,15 @@ def test_of_no_positions_the_loss_is_nan_and_the_gradients_are_those_of_the_refe
 
 # --- maps of more than 2^31 elements
 
+
 def run_last(kernel, programs, *args, **constants):
     """Runs the last program alone, so that of memory that was only reserved it touches but its own part; integers are checked."""
     builder = interpreter.interpreter_builder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "options", interpreter.InterpreterOptions())
-        patch.setattr(builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (programs - 1, y, z)))
+        patch.setattr(
+            builder, "set_grid_idx", lambda x, y, z: setattr(builder, "grid_idx", (programs - 1, y, z))
+        )
         kernel[(1,)](*args, **constants)
 
 
@@ -569,8 +801,23 @@ def test_the_last_program_of_the_residual_kernel_reads_and_writes_beyond_2_to_th
     mean[-8:], target[-8:] = 2, 5
     programs = launch.cdiv(rows, 32)
     partial = torch.empty(programs, channels)
-    run_last(vid._residual_kernel, programs, mean, target, None, None, partial, gradient, rows, 1, 0.0, 0.25,
-             CHANNELS=channels, BLOCK_ROWS=32, BLOCK_CHANNELS=128)
+    run_last(
+        vid._residual_kernel,
+        programs,
+        mean,
+        target,
+        None,
+        None,
+        partial,
+        gradient,
+        rows,
+        1,
+        0.0,
+        0.25,
+        CHANNELS=channels,
+        BLOCK_ROWS=32,
+        BLOCK_CHANNELS=128,
+    )
     assert (gradient[-8:] == -1.5).all() and (partial[-1] == 8 * 9).all()  # -3 · ¼ / ½
 
 
@@ -580,10 +827,35 @@ def test_the_last_program_of_the_projection_reads_and_writes_beyond_2_to_the_31(
     hidden, target, gradient = (torch.empty(rows, channels, dtype=fp16) for _ in range(3))
     hidden[-8:], target[-8:] = 1, torch.arange(16)
     programs = launch.cdiv(rows, 64)
-    square, residual, weight_partial = torch.empty(programs, 16), torch.empty(programs, 16), torch.empty(programs, 16, 16)
-    run_last(projected_vid._projection_kernel, programs, hidden, torch.eye(16), None, target, torch.full((16,), -200.0), None, square,
-             residual, gradient, weight_partial, rows, 1, 0.5, 0.25, CHANNELS=16, HIDDEN=16, BLOCK_ROWS=64, BLOCK_CHANNELS=16,
-             BLOCK_HIDDEN=16, SLICE=16)
+    square, residual, weight_partial = (
+        torch.empty(programs, 16),
+        torch.empty(programs, 16),
+        torch.empty(programs, 16, 16),
+    )
+    run_last(
+        projected_vid._projection_kernel,
+        programs,
+        hidden,
+        torch.eye(16),
+        None,
+        target,
+        torch.full((16,), -200.0),
+        None,
+        square,
+        residual,
+        gradient,
+        weight_partial,
+        rows,
+        1,
+        0.5,
+        0.25,
+        CHANNELS=16,
+        HIDDEN=16,
+        BLOCK_ROWS=64,
+        BLOCK_CHANNELS=16,
+        BLOCK_HIDDEN=16,
+        SLICE=16,
+    )
     expected = 1 - torch.arange(16.0)
     assert (residual[-1] == 8 * expected).all() and (square[-1] == 8 * expected**2).all()
     assert (gradient[-8:] == expected / 2).all() and (weight_partial[-1] == 4 * expected[:, None]).all()
@@ -600,7 +872,7 @@ def test_no_program_of_the_residual_kernel_walks_beyond_2_to_the_31_elements(cha
     mean = torch.empty(2**37 // channels, channels, 1, 1, dtype=fp16, device="meta")
     with cut(vid, {"_residual_kernel": Recorded()}):
         vid._launch(mean, mean, None, None, 0.0, 1.0, with_loss=True, with_gradient=True)
-    (programs, tiles, block_rows), = walked
+    ((programs, tiles, block_rows),) = walked
     assert tiles * block_rows * channels <= 2**31 and programs * tiles * block_rows >= 2**37 // channels
 
 
@@ -610,8 +882,23 @@ def test_the_last_image_of_attention_transfer_is_read_and_written_beyond_2_to_th
     images, positions, channels = 2**25 + 1, 4, 16
     student, teacher, gradient = (torch.empty(images, positions, channels, dtype=fp16) for _ in range(3))
     student[-1], teacher[-1], loss = 1, torch.tensor([1.0, 0, 0, 0])[:, None], torch.empty(images)
-    run_last(attention._attention_kernel, images, student, teacher, None, loss, gradient, positions, 1.0, STUDENT_CHANNELS=channels,
-             TEACHER_CHANNELS=channels, BLOCK_POSITIONS=4, STUDENT_BLOCK=16, TEACHER_BLOCK=16, IN_REGISTERS=in_registers)
+    run_last(
+        attention._attention_kernel,
+        images,
+        student,
+        teacher,
+        None,
+        loss,
+        gradient,
+        positions,
+        1.0,
+        STUDENT_CHANNELS=channels,
+        TEACHER_CHANNELS=channels,
+        BLOCK_POSITIONS=4,
+        STUDENT_BLOCK=16,
+        TEACHER_BLOCK=16,
+        IN_REGISTERS=in_registers,
+    )
     assert loss[-1] == 1  # Q = (½, ½, ½, ½) and (1, 0, 0, 0); D - Q·⟨D, Q⟩ = (-½ - ¼·½·..., ...)
     assert (gradient[-1, 0] == -0.0625 * 1.5).all()
 
@@ -621,7 +908,18 @@ def test_the_last_program_of_rescale_reads_and_writes_beyond_2_to_the_31():
     gradient, nothing = torch.empty(2**31 + 32, dtype=fp16), torch.empty(0)
     gradient[-32:] = 2
     tiles = launch.cdiv(len(gradient), 2048)
-    run_last(launch._rescale_kernel, tiles, gradient, nothing, nothing, torch.tensor(3.0), len(gradient) // 16, 0, BLOCK=2048, UNIT=16)
+    run_last(
+        launch._rescale_kernel,
+        tiles,
+        gradient,
+        nothing,
+        nothing,
+        torch.tensor(3.0),
+        len(gradient) // 16,
+        0,
+        BLOCK=2048,
+        UNIT=16,
+    )
     assert (gradient[-32:] == 6).all()
 
 
@@ -632,7 +930,9 @@ def test_rows_of_logits_may_lie_more_than_2_to_the_31_apart():
     apart.copy_(dense)
     inputs = {"student_logits": apart.requires_grad_(), "teacher_logits": apart.detach().flip(0)}
     loss = kernels.softened_kl(**inputs, impl="triton")
-    expected = evaluate("softened_kl", {"student_logits": dense, "teacher_logits": dense.flip(0)}, wanted=["student_logits"])
+    expected = evaluate(
+        "softened_kl", {"student_logits": dense, "teacher_logits": dense.flip(0)}, wanted=["student_logits"]
+    )
     assert_same_bits(expected, {"loss": loss.detach(), "student_logits": torch.autograd.grad(loss, apart)[0]})
 
 
@@ -641,10 +941,14 @@ def test_vid_nll_of_more_than_2_to_the_31_elements():
     if DEVICE != "cuda" or torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
         pytest.skip("no GPU with 20 GiB here")
     shape = (2**15 + 1, 64, 32, 32)  # 4.3 GB in bf16; both maps and a gradient
-    mean, target = (torch.zeros(shape, dtype=bf16, device=DEVICE).contiguous(memory_format=CL) for _ in range(2))
+    mean, target = (
+        torch.zeros(shape, dtype=bf16, device=DEVICE).contiguous(memory_format=CL) for _ in range(2)
+    )
     mean[-1] = 3
     raw_scale = torch.full((64,), -200.0, device=DEVICE)  # the variance is eps
-    loss = kernels.vid_nll(mean.requires_grad_(), target, raw_scale, eps=0.5, factor=2.0**15 + 1, impl="triton")
-    gradient, = torch.autograd.grad(loss, mean)
+    loss = kernels.vid_nll(
+        mean.requires_grad_(), target, raw_scale, eps=0.5, factor=2.0**15 + 1, impl="triton"
+    )
+    (gradient,) = torch.autograd.grad(loss, mean)
     assert loss.item() == pytest.approx(9 + (2**15 + 1) * math.log(0.5) / 2, rel=1e-6)
     assert not gradient[:-1].any() and (gradient[-1] == 3 / 0.5 / 2**16).all()

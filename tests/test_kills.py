@@ -6,6 +6,7 @@ Each start is a process of its own, forked from a server that has imported every
 after a random time; or where a random file of the output folder is opened, renamed or removed; or before a file gets its name, when it is
 written but not in its place. Compiled steps only with --long: each start compiles.
 """
+
 import multiprocessing
 import os
 import random
@@ -24,19 +25,54 @@ from fastvid import cli, results
 pytestmark = pytest.mark.survival("kills and signals")
 
 SETTINGS = {
-    "fp32-dali": ("--precision", "fp32", "--loader", "dali"), "bf16-dali": ("--precision", "bf16", "--loader", "dali"),
-    "fp32-torch": ("--precision", "fp32", "--loader", "torch"), "bf16-torch": ("--precision", "bf16", "--loader", "torch"),
+    "fp32-dali": ("--precision", "fp32", "--loader", "dali"),
+    "bf16-dali": ("--precision", "bf16", "--loader", "dali"),
+    "fp32-torch": ("--precision", "fp32", "--loader", "torch"),
+    "bf16-torch": ("--precision", "bf16", "--loader", "torch"),
     "bf16-compile": ("--precision", "bf16", "--loader", "torch", "--engine", "compile"),
 }
-LAST = {"time": (), "file": ("open", "os.rename", "os.remove"), "write": ("os.rename",)}  # what is counted until the end
+LAST = {
+    "time": (),
+    "file": ("open", "os.rename", "os.remove"),
+    "write": ("os.rename",),
+}  # what is counted until the end
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fastvid.train", "fastvid.cli", "torch._dynamo", "nvidia.dali", "sklearn.datasets"])
+SERVER.set_forkserver_preload(
+    ["fastvid.train", "fastvid.cli", "torch._dynamo", "nvidia.dali", "sklearn.datasets"]
+)
 
 
 def command(folder, teacher, *more):
-    return ["train", "--device", "cpu", "--dataset", "digits", "--per-class", "5", "--validation-per-class", "1", "--batch-size", "16",
-            "--epochs", "6", "--evaluations", "3", "--teacher", teacher, "--teacher-depth", "10", "--student-depth", "10",
-            "--method", "student,fitnet,vid", "--checkpoint-every", "1epoch", *more, "--out", str(folder)]
+    return [
+        "train",
+        "--device",
+        "cpu",
+        "--dataset",
+        "digits",
+        "--per-class",
+        "5",
+        "--validation-per-class",
+        "1",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "6",
+        "--evaluations",
+        "3",
+        "--teacher",
+        teacher,
+        "--teacher-depth",
+        "10",
+        "--student-depth",
+        "10",
+        "--method",
+        "student,fitnet,vid",
+        "--checkpoint-every",
+        "1epoch",
+        *more,
+        "--out",
+        str(folder),
+    ]
 
 
 def work(argv, last_event, events, log):
@@ -82,7 +118,9 @@ def undisturbed(tmp_path_factory, teacher):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             argv, log = command(folder / "out", teacher, *SETTINGS[name]), folder / "log"
-            awake = SERVER.Process(target=str)  # the server imports everything when its first process is asked for
+            awake = SERVER.Process(
+                target=str
+            )  # the server imports everything when its first process is asked for
             awake.start()
             awake.join()
             began = time.monotonic()
@@ -95,7 +133,8 @@ def undisturbed(tmp_path_factory, teacher):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturbed_one(
-        name, tmp_path, teacher, undisturbed, long, figure):
+    name, tmp_path, teacher, undisturbed, long, figure
+):
     if "dali" in name:
         pytest.importorskip("nvidia.dali")
     if "compile" in name and not long:
@@ -108,7 +147,12 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
         argv, ended = command(folder, teacher, *SETTINGS[name]), False
         while not ended:
             kind = choose.choice(list(LAST))
-            process = start(argv, log, {"time": None, "file": choose.randrange(120), "write": choose.randrange(20)}[kind], LAST[kind])
+            process = start(
+                argv,
+                log,
+                {"time": None, "file": choose.randrange(120), "write": choose.randrange(20)}[kind],
+                LAST[kind],
+            )
             process.join(choose.uniform(0, seconds) if kind == "time" else 120)
             process.kill()
             process.join()
@@ -117,14 +161,21 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_an_undisturb
             torn += any(folder.glob(".*.partial"))
             assert ended or process.exitcode == -signal.SIGKILL, log.read_text()
         assert bits(folder) == expected, log.read_text()
-        assert {path.suffix for path in folder.iterdir() if not path.name.startswith(".")} == {".safetensors", ".jsonl"}
+        assert {path.suffix for path in folder.iterdir() if not path.name.startswith(".")} == {
+            ".safetensors",
+            ".jsonl",
+        }
         assert not list(folder.glob(".*.partial"))
-    figure(f"SIGKILL, {name}", f"{runs} runs, {kills} kills, {torn} of them in a write: all end with the bits of an undisturbed one")
+    figure(
+        f"SIGKILL, {name}",
+        f"{runs} runs, {kills} kills, {torn} of them in a write: all end with the bits of an undisturbed one",
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_lose_nothing(
-        number, tmp_path, teacher, undisturbed, long, figure):
+    number, tmp_path, teacher, undisturbed, long, figure
+):
     expected, seconds = undisturbed("bf16-torch")
     slowest, count, choose = 0.0, 0, random.Random(number)
     folder, runs = tmp_path / "0", 0
@@ -135,7 +186,9 @@ def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_los
             process = start(argv, log)
             process.join(choose.uniform(0.3, 1) * seconds)
             asked = time.monotonic()
-            for _ in range(choose.choice((1, 1, 2, 3))):  # the second and third must not disturb what the first began
+            for _ in range(
+                choose.choice((1, 1, 2, 3))
+            ):  # the second and third must not disturb what the first began
                 os.kill(process.pid, number) if process.exitcode is None else None
                 time.sleep(choose.uniform(0, choose.choice((0.02, 0.2))))
             process.join(60)
@@ -149,15 +202,22 @@ def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_los
         runs += 1
         assert bits(folder) == expected, log.read_text()
     assert slowest < 5
-    figure(signal.Signals(number).name, f"{runs} runs, {count} stops, the slowest end after {slowest:.1f} s: the same bits")
+    figure(
+        signal.Signals(number).name,
+        f"{runs} runs, {count} stops, the slowest end after {slowest:.1f} s: the same bits",
+    )
 
 
 def test_a_second_process_on_a_folder_ends_within_two_seconds_and_names_the_first(tmp_path, figure):
     out = tmp_path / "out"
     with results.exclusive(results.open_folder(Path(out))):
         began = time.monotonic()
-        second = subprocess.run([sys.executable, "-m", "fastvid", "train", "--dataset", "digits", "--out", str(out)],
-                                capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            [sys.executable, "-m", "fastvid", "train", "--dataset", "digits", "--out", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         seconds = time.monotonic() - began
     assert second.returncode == 2 and f"another fastvid (process {os.getpid()} on " in second.stderr
     assert seconds < 2 and second.stderr.count("\n") == 1
@@ -165,10 +225,25 @@ def test_a_second_process_on_a_folder_ends_within_two_seconds_and_names_the_firs
 
 
 @pytest.mark.parametrize("what", ["train", "reproduce"])
-def test_of_two_that_start_at_once_in_a_new_folder_one_ends_within_two_seconds(what, tmp_path, teacher, figure):
+def test_of_two_that_start_at_once_in_a_new_folder_one_ends_within_two_seconds(
+    what, tmp_path, teacher, figure
+):
     """It imports no torch, which takes most of a start."""
-    command = [sys.executable, "-X", "importtime", "-m", "fastvid", what, "--dataset", "digits", "--out", str(tmp_path / "out")]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "fastvid",
+        what,
+        "--dataset",
+        "digits",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    both = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) for _ in range(2)
+    ]
     try:
         began = time.monotonic()
         while all(process.poll() is None for process in both):
@@ -184,4 +259,7 @@ def test_of_two_that_start_at_once_in_a_new_folder_one_ends_within_two_seconds(w
         for process in both:
             process.kill()
             process.communicate()
-    figure(f"two of {what} at once", f"one ends after {seconds:.1f} s, Python's start included, and names the other")
+    figure(
+        f"two of {what} at once",
+        f"one ends after {seconds:.1f} s, Python's start included, and names the other",
+    )

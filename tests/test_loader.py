@@ -26,7 +26,13 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 def noise():
     """30 images of noise."""
     random = np.random.default_rng(0)
-    return Arrays(random.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8), random.integers(0, 10, 30), tuple("0123456789"), MEAN, STD)
+    return Arrays(
+        random.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8),
+        random.integers(0, 10, 30),
+        tuple("0123456789"),
+        MEAN,
+        STD,
+    )
 
 
 @pytest.fixture
@@ -35,7 +41,9 @@ def coordinates():
     images = np.empty((30, 32, 32, 3), np.uint8)
     images[..., 0], images[..., 1] = np.arange(32)[:, None], np.arange(32)
     images[..., 2] = np.arange(30)[:, None, None]
-    return Arrays(images, np.arange(30), tuple(map(str, range(30))), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+    return Arrays(
+        images, np.arange(30), tuple(map(str, range(30))), (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+    )
 
 
 @pytest.fixture(params=BACKENDS)
@@ -65,12 +73,14 @@ def assert_normalised(images, pixels):
 
 def test_a_batch_is_what_a_slow_pad_crop_flip_normalise_gives(noise, device, backend):
     plan = BatchPlan(30, 12, seed=1)
-    for step, (images, labels) in enumerate(train_loader(noise, plan, device=device, backend=backend).epoch(2)):
+    for step, (images, labels) in enumerate(
+        train_loader(noise, plan, device=device, backend=backend).epoch(2)
+    ):
         chosen = plan.batch(2, step)
         pixels = []
         for index, top, left, flip in zip(*chosen):
             padded = np.pad(noise.images[index], ((4, 4), (4, 4), (0, 0)), mode="reflect")
-            crop = padded[top:top + 32, left:left + 32]
+            crop = padded[top : top + 32, left : left + 32]
             pixels.append(crop[:, ::-1] if flip else crop)
         assert_normalised(images, np.stack(pixels))
         assert labels.tolist() == noise.labels[chosen.indices].tolist() and labels.dtype == torch.int64
@@ -86,7 +96,7 @@ def test_crops_start_exactly_at_the_planned_pixel_and_flips_mirror_columns_only(
     plan = BatchPlan(30, 30, seed=0)
     loader, seen = train_loader(coordinates, plan, backend=backend), set()
     for epoch in range(60):  # 1,800 draws of 162 combinations
-        (images, labels), = loader.epoch(epoch)
+        ((images, labels),) = loader.epoch(epoch)
         rows, columns, number = images.round().int().unbind(1)
         indices, top, left, flip = plan.batch(epoch, 0)
         walk = np.where(flip[:, None], np.arange(31, -1, -1), np.arange(32))
@@ -101,15 +111,22 @@ def test_crops_start_exactly_at_the_planned_pixel_and_flips_mirror_columns_only(
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_images_are_channels_last_views_of_the_wanted_type_rounded_once(dtype, noise, backend):
     plan = BatchPlan(30, 8, seed=0)
-    for loaders in (lambda d: train_loader(noise, plan, dtype=d, backend=backend).epoch(0), lambda d: EvalLoader(noise, 8, dtype=d)):
+    for loaders in (
+        lambda d: train_loader(noise, plan, dtype=d, backend=backend).epoch(0),
+        lambda d: EvalLoader(noise, 8, dtype=d),
+    ):
         for (images, _), (exact, _) in zip(loaders(dtype), loaders(torch.float32), strict=True):
             assert images.dtype == (dtype or torch.float32)
-            assert images.stride() == (3072, 1, 96, 3) and images.is_contiguous(memory_format=torch.channels_last)
+            assert images.stride() == (3072, 1, 96, 3) and images.is_contiguous(
+                memory_format=torch.channels_last
+            )
             assert torch.equal(images, exact.to(images.dtype))
 
 
 def test_the_short_last_batch_is_kept(noise, backend):
-    sizes = [len(labels) for _, labels in train_loader(noise, BatchPlan(30, 8, seed=0), backend=backend).epoch(0)]
+    sizes = [
+        len(labels) for _, labels in train_loader(noise, BatchPlan(30, 8, seed=0), backend=backend).epoch(0)
+    ]
     assert sizes == [8, 8, 8, 6]
 
 
@@ -121,8 +138,10 @@ def test_starting_in_the_middle_of_an_epoch_gives_the_batches_that_were_left(noi
 
 
 def test_each_rank_loads_its_part_of_the_batch(coordinates, backend):
-    whole, *ranks = (train_loader(coordinates, BatchPlan(30, 8, seed=0, **share), backend=backend).epoch(0)
-                     for share in ({}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2}))
+    whole, *ranks = (
+        train_loader(coordinates, BatchPlan(30, 8, seed=0, **share), backend=backend).epoch(0)
+        for share in ({}, {"rank": 0, "world_size": 2}, {"rank": 1, "world_size": 2})
+    )
     for batch, one, other in zip(whole, *ranks, strict=True):
         assert torch.equal(batch.images[0::2], one.images) and torch.equal(batch.images[1::2], other.images)
 
@@ -149,12 +168,15 @@ def test_normalised_cifar10_has_mean_0_and_standard_deviation_1(cifar10_train):
 
 # --- DALI beside torch
 
+
 def batches(loader, *epochs, start_step=0):
     return [batch for epoch in epochs for batch in loader.epoch(epoch, start_step)]
 
 
 def same_bits(ours, theirs):
-    return len(ours) == len(theirs) and all(torch.equal(a, b) for one, other in zip(ours, theirs) for a, b in zip(one, other))
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b) for one, other in zip(ours, theirs) for a, b in zip(one, other)
+    )
 
 
 @needs_dali
@@ -162,7 +184,9 @@ def same_bits(ours, theirs):
 @pytest.mark.parametrize("batch_size", [1, 7, 29, 30, 64])
 def test_dali_and_torch_give_the_same_bits(noise, batch_size, world_size):
     for seed in (0, 3, 2**63):
-        for rank in range(world_size):  # of 30 images in batches of 29, the last one has one image: two ranks of three get none
+        for rank in range(
+            world_size
+        ):  # of 30 images in batches of 29, the last one has one image: two ranks of three get none
             plan = BatchPlan(30, batch_size, seed=seed, rank=rank, world_size=world_size)
             ours, theirs = (batches(train_loader(noise, plan, backend=name), 0, 1, 5) for name in BACKENDS)
             assert same_bits(ours, theirs) and all(images.dtype == torch.float32 for images, _ in ours)
@@ -172,15 +196,23 @@ def test_dali_and_torch_give_the_same_bits(noise, batch_size, world_size):
 def test_dali_and_torch_give_the_same_bits_whatever_the_constants(noise):
     random, plan = np.random.default_rng(0), BatchPlan(30, 30, seed=0)
     cifar100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    folders = [(tuple(random.uniform(0.05, 0.9, 3).round(4)), tuple(random.uniform(0.02, 0.4, 3).round(4))) for _ in range(40)]
+    folders = [
+        (tuple(random.uniform(0.05, 0.9, 3).round(4)), tuple(random.uniform(0.02, 0.4, 3).round(4)))
+        for _ in range(40)
+    ]
     for mean, std in [cifar100, *folders]:
         arrays = dataclasses.replace(noise, mean=mean, std=std)
-        assert same_bits(*(batches(train_loader(arrays, plan, backend=name), 0) for name in BACKENDS)), (mean, std)
+        assert same_bits(*(batches(train_loader(arrays, plan, backend=name), 0) for name in BACKENDS)), (
+            mean,
+            std,
+        )
 
 
 @needs_dali
 @pytest.mark.gpu
-def test_on_a_gpu_dali_and_torch_give_the_same_labels_and_pixels_and_differ_by_the_rounding_of_a_multiply_add(noise):
+def test_on_a_gpu_dali_and_torch_give_the_same_labels_and_pixels_and_differ_by_the_rounding_of_a_multiply_add(
+    noise,
+):
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
     bound = 2.0**-23 * (max(MEAN) + 1) / min(STD) * 4
@@ -188,10 +220,14 @@ def test_on_a_gpu_dali_and_torch_give_the_same_labels_and_pixels_and_differ_by_t
         for rank in range(world_size):
             plan = BatchPlan(30, batch_size, seed=3, rank=rank, world_size=world_size)
             dali, plain = (train_loader(noise, plan, backend=name, device="cuda") for name in BACKENDS)
-            torch.cuda._sleep(10**8)  # the loader's work starts behind a busy stream, and nothing may be read before it is written
+            torch.cuda._sleep(
+                10**8
+            )  # the loader's work starts behind a busy stream, and nothing may be read before it is written
             for ours, theirs in zip(batches(dali, 0, 1, 5), batches(plain, 0, 1, 5), strict=True):
                 assert torch.equal(ours.labels, theirs.labels) and ours.images.shape == theirs.images.shape
-                assert (ours.images - theirs.images).abs().amax() < bound if len(ours.labels) else True  # one level is 1/255/std
+                assert (
+                    (ours.images - theirs.images).abs().amax() < bound if len(ours.labels) else True
+                )  # one level is 1/255/std
 
 
 @needs_dali
@@ -204,10 +240,27 @@ def test_dali_and_torch_round_to_half_precision_alike(noise, precision):
 
 def test_epochs_in_any_order_abandoned_or_begun_in_the_middle_give_their_batches(noise, device, backend):
     plan = BatchPlan(30, 8, seed=0)
-    loader, fresh = train_loader(noise, plan, backend=backend, device=device), train_loader(noise, plan, backend=backend, device=device)
-    for epoch, start, count in [(3, 0, 4), (3, 0, 2), (3, 2, 1), (0, 1, 1), (1, 3, 1), (2, 0, 4), (3, 0, 4), (3, 3, 1), (10**9, 0, 1)]:
+    loader, fresh = (
+        train_loader(noise, plan, backend=backend, device=device),
+        train_loader(noise, plan, backend=backend, device=device),
+    )
+    for epoch, start, count in [
+        (3, 0, 4),
+        (3, 0, 2),
+        (3, 2, 1),
+        (0, 1, 1),
+        (1, 3, 1),
+        (2, 0, 4),
+        (3, 0, 4),
+        (3, 3, 1),
+        (10**9, 0, 1),
+    ]:
         taken = [batch for batch, _ in zip(loader.epoch(epoch, start), range(count))]
-        whole = [batch for step in range(start, start + count) for batch in itertools.islice(fresh.epoch(epoch, step), 1)]
+        whole = [
+            batch
+            for step in range(start, start + count)
+            for batch in itertools.islice(fresh.epoch(epoch, step), 1)
+        ]
         assert same_bits(taken, whole), (epoch, start)
 
 
@@ -294,7 +347,10 @@ def test_a_loader_that_nobody_uses_any_more_goes_without_the_garbage_collector(n
 
 def test_two_threads_may_share_a_loader(noise, backend):
     loader, found = train_loader(noise, BatchPlan(30, 8, seed=0), backend=backend), {}
-    threads = [threading.Thread(target=lambda epoch=epoch: found.update({epoch: batches(loader, epoch)})) for epoch in (1, 2)]
+    threads = [
+        threading.Thread(target=lambda epoch=epoch: found.update({epoch: batches(loader, epoch)}))
+        for epoch in (1, 2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -313,7 +369,9 @@ def test_an_epoch_or_step_that_does_not_exist_is_refused_and_the_loader_goes_on(
 
 def test_a_loader_works_outside_the_main_thread(noise, backend):
     plan, found = BatchPlan(30, 8, seed=0), []
-    thread = threading.Thread(target=lambda: found.extend(batches(train_loader(noise, plan, backend=backend), 0)))
+    thread = threading.Thread(
+        target=lambda: found.extend(batches(train_loader(noise, plan, backend=backend), 0))
+    )
     thread.start()
     thread.join()
     assert same_bits(found, batches(train_loader(noise, plan, backend=backend), 0))
@@ -321,10 +379,17 @@ def test_a_loader_works_outside_the_main_thread(noise, backend):
 
 def test_auto_takes_dali_where_it_is_installed_and_says_which_runs(monkeypatch):
     if dali_is_installed():
-        assert choose_backend("auto") == "dali" and describe("auto").startswith("dali ") and describe("torch") == "torch"
+        assert (
+            choose_backend("auto") == "dali"
+            and describe("auto").startswith("dali ")
+            and describe("torch") == "torch"
+        )
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert choose_backend("auto") == "torch" and describe("auto") == "torch (DALI is not installed)"
-    with pytest.raises(InputError, match="--loader dali needs DALI: pip install nvidia-dali-cuda130 .* or take --loader torch"):
+    with pytest.raises(
+        InputError,
+        match="--loader dali needs DALI: pip install nvidia-dali-cuda130 .* or take --loader torch",
+    ):
         choose_backend("dali")
 
 
@@ -341,14 +406,21 @@ def test_a_dali_that_cannot_be_imported_or_started_ends_in_one_line_with_the_rem
             raise RuntimeError("CUDA driver version is insufficient\nStacktrace")
 
         patch.setattr(loader_module, "dali", lambda: (fn, refused, types))
-        with pytest.raises(InputError, match=r"DALI cannot run on cpu \(CUDA driver version is insufficient\): take --loader torch"):
+        with pytest.raises(
+            InputError,
+            match=r"DALI cannot run on cpu \(CUDA driver version is insufficient\): take --loader torch",
+        ):
             train_loader(noise, plan, backend="dali")
     monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))  # installed, and empty
-    with pytest.raises(InputError, match=r"DALI is installed but cannot be imported \(cannot import name .*take --loader torch"):
+    with pytest.raises(
+        InputError,
+        match=r"DALI is installed but cannot be imported \(cannot import name .*take --loader torch",
+    ):
         train_loader(noise, plan, backend="auto")
 
 
 # --- borders
+
 
 def test_an_unknown_backend_is_refused_with_the_choices(noise):
     with pytest.raises(InputError, match="unknown loader 'turbo': choose from auto, dali, torch"):
@@ -360,7 +432,11 @@ def test_a_plan_for_another_number_of_images_is_refused(noise):
         train_loader(noise, BatchPlan(29, 8, seed=0))
 
 
-@pytest.mark.parametrize("images", [np.zeros((30, 28, 28, 3), np.uint8), np.zeros((30, 32, 32, 3), np.float32)], ids=["28x28", "floats"])
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((30, 28, 28, 3), np.uint8), np.zeros((30, 32, 32, 3), np.float32)],
+    ids=["28x28", "floats"],
+)
 def test_images_of_another_size_or_type_are_refused(noise, images, backend):
     with pytest.raises(ValueError, match=r"train_loader wants images uint8 \[n, 32, 32, 3\], but they are"):
         train_loader(dataclasses.replace(noise, images=images), BatchPlan(30, 8, seed=0), backend=backend)

@@ -1,4 +1,5 @@
 """What the compiler makes of the kernels that a training step launches, read from the machine code. Needs no GPU."""
+
 import json
 import os
 import subprocess
@@ -8,11 +9,22 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "machine_code.py"
-SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB that one program may have (CUDA programming guide)
+SHARED = {
+    "sm_80": 163,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+}  # KB that one program may have (CUDA programming guide)
 # Registers of a thread. A multiprocessor has 65,536: residual and rescale count on four programs of 128 threads there, attention on
 # one of 512. The projection takes what it needs short of spilling, which is at 255.
-BUDGET = {"residual_kernel": 128, "rescale_kernel": 128, "attention_kernel": 128, "softened_kl_kernel": 128, "finish_kernel": 128,
-          "projection_kernel": 255}
+BUDGET = {
+    "residual_kernel": 128,
+    "rescale_kernel": 128,
+    "attention_kernel": 128,
+    "softened_kl_kernel": 128,
+    "finish_kernel": 128,
+    "projection_kernel": 255,
+}
 MAPS = {"mean", "target", "hidden", "student", "teacher", "gradient", "hidden_gradient"}
 
 
@@ -21,7 +33,9 @@ def rows(tmp_path_factory):
     """One per kernel variant and architecture."""
     file = tmp_path_factory.mktemp("machine_code") / "rows.jsonl"
     natively = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT, "--json", file], env=natively, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--json", file], env=natively, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -31,7 +45,9 @@ def name(row):
 
 
 def test_every_kernel_compiles_for_every_architecture_in_every_precision_of_a_step(rows):
-    assert {(row["kernel"], row["arch"]) for row in rows} == {(kernel, arch) for kernel in BUDGET for arch in SHARED}
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (kernel, arch) for kernel in BUDGET for arch in SHARED
+    }
     for op, taps in [("vid_nll", 4), ("attention_transfer", 4), ("projected_vid_nll", 8)]:
         assert len({row["op"] for row in rows if row["op"].split()[0] == op and "bf16" in row["op"]}) == taps
 
@@ -39,11 +55,15 @@ def test_every_kernel_compiles_for_every_architecture_in_every_precision_of_a_st
 def test_no_register_is_spilled_and_each_kernel_keeps_to_its_budget(rows):
     assert not [name(row) for row in rows if row["spills"]]
     assert not [(name(row), row["registers"]) for row in rows if row["registers"] > BUDGET[row["kernel"]]]
-    assert not [name(row) for row in rows if row["registers"] * row["warps"] * 32 > 65536], "would not even start"
+    assert not [name(row) for row in rows if row["registers"] * row["warps"] * 32 > 65536], (
+        "would not even start"
+    )
 
 
 def test_no_program_wants_more_shared_memory_than_its_architecture_has(rows):
-    assert not [(name(row), row["shared_bytes"]) for row in rows if row["shared_bytes"] > SHARED[row["arch"]] * 1024]
+    assert not [
+        (name(row), row["shared_bytes"]) for row in rows if row["shared_bytes"] > SHARED[row["arch"]] * 1024
+    ]
 
 
 def test_every_access_to_a_map_is_16_bytes_wide(rows):
@@ -66,6 +86,17 @@ def test_the_projection_runs_on_tensor_cores(rows):
 
 
 def test_channels_up_to_128_are_projected_in_one_kernel_where_the_registers_suffice(rows):
-    fused = {arch: {row["constants"]["CHANNELS"] for row in rows if row["kernel"] == "projection_kernel" and row["arch"] == arch}
-             for arch in SHARED}
-    assert fused == {"sm_80": {16, 32, 64}, "sm_90": {16, 32, 64, 128}, "sm_100": {16, 32, 64, 128}, "sm_120": {16, 32, 64}}
+    fused = {
+        arch: {
+            row["constants"]["CHANNELS"]
+            for row in rows
+            if row["kernel"] == "projection_kernel" and row["arch"] == arch
+        }
+        for arch in SHARED
+    }
+    assert fused == {
+        "sm_80": {16, 32, 64},
+        "sm_90": {16, 32, 64, 128},
+        "sm_100": {16, 32, 64, 128},
+        "sm_120": {16, 32, 64},
+    }

@@ -48,6 +48,7 @@ def method(name, **options):
 
 # --- the formulas once more, in NumPy and float64
 
+
 def log_softmax(logits):
     logits = logits.double().numpy()
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -63,7 +64,9 @@ def softened(student, teacher, temperature):
     of_student, of_teacher = (log_softmax(a.logits.double() / temperature) for a in (student, teacher))
     p_student, p_teacher = np.exp(of_student), np.exp(of_teacher)
     tolerance = temperature**2 * 4 * 2.0**-24 * max(-of_student.min(), -of_teacher.min())
-    return pytest.approx(temperature**2 * (p_teacher * np.log(p_teacher / p_student)).sum() / 4, abs=tolerance)
+    return pytest.approx(
+        temperature**2 * (p_teacher * np.log(p_teacher / p_student)).sum() / 4, abs=tolerance
+    )
 
 
 def attention_distance(student, teacher):
@@ -71,7 +74,9 @@ def attention_distance(student, teacher):
         energy = (features.double().numpy() ** 2).mean(axis=1)
         return energy / np.sqrt((energy**2).sum(axis=(1, 2), keepdims=True))
 
-    return sum(((attention(s) - attention(t)) ** 2).mean() for s, t in zip(student.stages[1:], teacher.stages[1:]))
+    return sum(
+        ((attention(s) - attention(t)) ** 2).mean() for s, t in zip(student.stages[1:], teacher.stages[1:])
+    )
 
 
 def likelihood(term, student, teacher):
@@ -80,7 +85,10 @@ def likelihood(term, student, teacher):
     variant = term.variant
     total = 0.0
     for i, tap in enumerate(variant.taps):
-        s, t = ((a.activated if variant.activated else a.stages)[TAPS.index(tap)].double() for a in (student, teacher))
+        s, t = (
+            (a.activated if variant.activated else a.stages)[TAPS.index(tap)].double()
+            for a in (student, teacher)
+        )
         mean = loss.regressors[i].last(loss.regressors[i].hidden(s))
         least = max(variant.eps, variant.floor / t.shape[1])
         variance = (torch.log1p(loss.raw_scales[i].exp()) + least)[:, None, None].expand_as(t)
@@ -90,6 +98,7 @@ def likelihood(term, student, teacher):
 
 # --- terms and totals
 
+
 def test_the_student_alone_minimises_cross_entropy(student):
     terms = method("student")(student, None, LABELS)
     assert isinstance(terms, Terms) and terms.task.dtype == terms.transfer.dtype == torch.float32
@@ -97,12 +106,17 @@ def test_the_student_alone_minimises_cross_entropy(student):
     assert terms.transfer.item() == 0
 
 
-@pytest.mark.parametrize("alpha, temperature", [
-    pytest.param(KDOptions.alpha, KDOptions.temperature, id="default"),
-    pytest.param(0.3, 2.0, id="other-weights"),
-    pytest.param(1.0, 1.0, id="teacher-alone"),
-])
-def test_kd_is_one_minus_alpha_cross_entropy_plus_alpha_t_squared_divergence(alpha, temperature, student, teacher):
+@pytest.mark.parametrize(
+    "alpha, temperature",
+    [
+        pytest.param(KDOptions.alpha, KDOptions.temperature, id="default"),
+        pytest.param(0.3, 2.0, id="other-weights"),
+        pytest.param(1.0, 1.0, id="teacher-alone"),
+    ],
+)
+def test_kd_is_one_minus_alpha_cross_entropy_plus_alpha_t_squared_divergence(
+    alpha, temperature, student, teacher
+):
     terms = method("kd", kd=KDOptions(alpha, temperature))(student, teacher, LABELS)
     assert terms.task.item() == pytest.approx((1 - alpha) * cross_entropy(student), **CLOSE)
     assert terms.transfer.item() / alpha == softened(student, teacher, temperature)
@@ -115,23 +129,32 @@ def test_defaults_are_those_of_the_published_recipes():
     assert VIDOptions().variant == "paper"
 
 
-def test_at_is_cross_entropy_plus_beta_times_the_distance_of_attention_maps_of_the_three_groups(student, teacher):
+def test_at_is_cross_entropy_plus_beta_times_the_distance_of_attention_maps_of_the_three_groups(
+    student, teacher
+):
     terms = method("at", at=ATOptions(weight=500.0))(student, teacher, LABELS)
     assert terms.task.item() == pytest.approx(cross_entropy(student), **CLOSE)
     assert terms.transfer.item() == pytest.approx(500 * attention_distance(student, teacher), **CLOSE)
 
 
 @pytest.mark.parametrize("tap", TAPS)
-def test_fitnet_is_cross_entropy_plus_the_weighted_square_error_of_the_regressed_map_to_the_hint(tap, student, teacher):
+def test_fitnet_is_cross_entropy_plus_the_weighted_square_error_of_the_regressed_map_to_the_hint(
+    tap, student, teacher
+):
     ours = method("fitnet", fitnet=FitNetOptions(weight=7.0, tap=tap))
     convolution, batch_norm, _ = ours.transfers["fitnet"].loss.regressor
     nn.init.uniform_(batch_norm.weight, 0.5, 1.5)
     nn.init.normal_(batch_norm.bias)
     s, t = (a.activated[TAPS.index(tap)].double().numpy() for a in (student, teacher))
-    weight, gamma, beta = (p.detach().double().numpy() for p in (convolution.weight[:, :, 0, 0], batch_norm.weight, batch_norm.bias))
+    weight, gamma, beta = (
+        p.detach().double().numpy()
+        for p in (convolution.weight[:, :, 0, 0], batch_norm.weight, batch_norm.bias)
+    )
     mapped = np.einsum("ts,bshw->bthw", weight, s)
     mean, variance = (v[:, None, None] for v in (mapped.mean(axis=(0, 2, 3)), mapped.var(axis=(0, 2, 3))))
-    mapped = np.maximum((mapped - mean) / np.sqrt(variance + 1e-5) * gamma[:, None, None] + beta[:, None, None], 0)
+    mapped = np.maximum(
+        (mapped - mean) / np.sqrt(variance + 1e-5) * gamma[:, None, None] + beta[:, None, None], 0
+    )
     terms = ours(student, teacher, LABELS)
     assert terms.task.item() == pytest.approx(cross_entropy(student), **CLOSE)
     assert terms.transfer.item() == pytest.approx(7 * ((mapped - t) ** 2).mean(), **CLOSE)
@@ -139,12 +162,16 @@ def test_fitnet_is_cross_entropy_plus_the_weighted_square_error_of_the_regressed
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("weight", [None, 3.0], ids=["own-weight", "given-weight"])
-def test_vid_is_cross_entropy_plus_lambda_times_the_gaussian_likelihood_of_the_teacher_maps(variant, weight, student, teacher):
+def test_vid_is_cross_entropy_plus_lambda_times_the_gaussian_likelihood_of_the_teacher_maps(
+    variant, weight, student, teacher
+):
     ours = method("vid", vid=VIDOptions(variant, weight))
     term = ours.transfers["vid"]
     for raw_scale in term.loss.raw_scales:
         nn.init.normal_(raw_scale)
-    expected = {None: {"paper": 10, "repdistiller": 1}[variant]}.get(weight, weight) * likelihood(term, student, teacher)
+    expected = {None: {"paper": 10, "repdistiller": 1}[variant]}.get(weight, weight) * likelihood(
+        term, student, teacher
+    )
     terms = ours(student, teacher, LABELS)
     assert terms.task.item() == pytest.approx(cross_entropy(student), **CLOSE)
     assert terms.transfer.item() == pytest.approx(expected, **CLOSE)
@@ -175,13 +202,17 @@ def test_terms_stay_fp32_under_bf16_autocast_and_close_to_those_in_fp32(name, st
 
 # --- two-stage FitNet
 
+
 def test_two_stage_fitnet_learns_from_the_hint_alone_and_then_from_the_labels_alone(student, teacher):
     ours = method("fitnet", fitnet=FitNetOptions(schedule="two-stage", hint_share=0.3))
     joint = method("fitnet")(student, teacher, LABELS)
     for progress, shares in [(0.0, (0, 1)), (0.29, (0, 1)), (0.3, (1, 0)), (0.99, (1, 0)), (0.1, (0, 1))]:
         ours.begin_epoch(progress)
         terms = ours(student, teacher, LABELS)
-        assert (terms.task.item(), terms.transfer.item()) == (joint.task.item() * shares[0], joint.transfer.item() * shares[1]), progress
+        assert (terms.task.item(), terms.transfer.item()) == (
+            joint.task.item() * shares[0],
+            joint.transfer.item() * shares[1],
+        ), progress
 
 
 def test_joint_fitnet_does_not_change_with_the_epochs(student, teacher):
@@ -193,28 +224,48 @@ def test_joint_fitnet_does_not_change_with_the_epochs(student, teacher):
 
 # --- the constants of VID's variants
 
-@pytest.mark.parametrize("variant, taps, activated", [("paper", TAPS, True), ("repdistiller", TAPS[1:], False)])
+
+@pytest.mark.parametrize(
+    "variant, taps, activated", [("paper", TAPS, True), ("repdistiller", TAPS[1:], False)]
+)
 def test_a_variant_of_vid_has_its_taps(variant, taps, activated):
     assert (VARIANTS[variant].taps, VARIANTS[variant].activated) == (taps, activated)
     assert list(method("vid", vid=VIDOptions(variant)).variances()) == list(taps)
 
 
-@pytest.mark.parametrize("variant, hidden, norm, bias", [("paper", 14, True, True), ("repdistiller", 7, False, False)])
+@pytest.mark.parametrize(
+    "variant, hidden, norm, bias", [("paper", 14, True, True), ("repdistiller", 7, False, False)]
+)
 def test_a_variant_of_vid_has_its_regressor(variant, hidden, norm, bias):
     def layer(module):
         if isinstance(module, nn.Conv2d):
-            return "conv", module.in_channels, module.out_channels, module.kernel_size, module.bias is not None
+            return (
+                "conv",
+                module.in_channels,
+                module.out_channels,
+                module.kernel_size,
+                module.bias is not None,
+            )
         return type(module)
 
-    regressor, = fastvid.VIDLoss([5], [7], variant=variant).regressors
+    (regressor,) = fastvid.VIDLoss([5], [7], variant=variant).regressors
     after = [nn.BatchNorm2d, nn.ReLU] if norm else [nn.ReLU]
     assert [layer(m) for m in regressor.hidden] == [
-        ("conv", 5, hidden, (1, 1), False), *after, ("conv", hidden, hidden, (1, 1), False), *after]
+        ("conv", 5, hidden, (1, 1), False),
+        *after,
+        ("conv", hidden, hidden, (1, 1), False),
+        *after,
+    ]
     assert layer(regressor.last) == ("conv", hidden, 7, (1, 1), bias)
 
 
-@pytest.mark.parametrize("variant, first, least", [
-    pytest.param("paper", 0.3, (1 / 7, 1 / 8), id="paper"), pytest.param("repdistiller", 5.0, (1e-5, 1e-5), id="repdistiller")])
+@pytest.mark.parametrize(
+    "variant, first, least",
+    [
+        pytest.param("paper", 0.3, (1 / 7, 1 / 8), id="paper"),
+        pytest.param("repdistiller", 5.0, (1e-5, 1e-5), id="repdistiller"),
+    ],
+)
 def test_variances_start_where_the_variant_says_and_never_fall_below_the_least(variant, first, least):
     loss = fastvid.VIDLoss([5, 6], [7, 8], variant=variant)
     assert [v.shape for v in loss.variances()] == [(7,), (8,)]
@@ -230,7 +281,9 @@ def test_a_map_of_few_channels_starts_at_twice_its_least_variance():
 
 
 @pytest.mark.parametrize("share, settles", [(1.0, True), (0.7, False)])
-def test_the_floor_of_variances_is_where_the_default_recipe_still_settles_the_regressor_s_last_bias(share, settles):
+def test_the_floor_of_variances_is_where_the_default_recipe_still_settles_the_regressor_s_last_bias(
+    share, settles
+):
     """Its curvature is weight / (variance · channels), as least_variance says; the floor leaves a third to spare."""
     config, channels = TrainConfig(), 16
     bias = nn.Parameter(torch.ones(channels))
@@ -246,7 +299,9 @@ def test_the_floor_of_variances_is_where_the_default_recipe_still_settles_the_re
 @pytest.mark.parametrize("variant, changes", [("paper", False), ("repdistiller", True)])
 def test_weight_decay_pulls_the_variances_in_repdistiller_only_and_everything_else_in_both(variant, changes):
     config = TrainConfig(method=("vid",), vid=VIDOptions(variant))
-    learner = Learner("vid", WideResNet(10, 1), build("vid", config, STUDENT, TEACHER), config, torch.device("cpu"))
+    learner = Learner(
+        "vid", WideResNet(10, 1), build("vid", config, STUDENT, TEACHER), config, torch.device("cpu")
+    )
     parameters = dict(learner.network.named_parameters()) | dict(learner.method.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     for parameter in parameters.values():
@@ -261,14 +316,19 @@ def test_weight_decay_pulls_the_variances_in_repdistiller_only_and_everything_el
 
 # --- the losses as modules of their own, on maps of any width
 
+
 def maps(channels, seed):
     torch.manual_seed(seed)
     return [torch.randn(2, c, size, size + 1) for c, size in zip(channels, (6, 3))]
 
 
 LOSSES = [
-    pytest.param(lambda: fastvid.VIDLoss([5, 6], [7, 8]), 2 * 9, id="vid-paper"),  # per tap: 3 weights, 2·2 of batch norms, bias, scale
-    pytest.param(lambda: fastvid.VIDLoss([5, 6], [7, 8], variant="repdistiller"), 2 * 4, id="vid-repdistiller"),
+    pytest.param(
+        lambda: fastvid.VIDLoss([5, 6], [7, 8]), 2 * 9, id="vid-paper"
+    ),  # per tap: 3 weights, 2·2 of batch norms, bias, scale
+    pytest.param(
+        lambda: fastvid.VIDLoss([5, 6], [7, 8], variant="repdistiller"), 2 * 4, id="vid-repdistiller"
+    ),
     pytest.param(lambda: _OnFirst(fastvid.FitNetLoss(5, 7)), 3, id="fitnet"),
 ]
 
@@ -295,7 +355,9 @@ def test_every_parameter_of_a_loss_is_registered_learns_and_is_saved(make, count
     assert value.shape == () and value.dtype == torch.float32
     value.backward()
     optimizer.step()
-    assert [name for name, p in parameters.items() if torch.equal(p, start[name])] == []  # mdistiller's variances never moved
+    assert [
+        name for name, p in parameters.items() if torch.equal(p, start[name])
+    ] == []  # mdistiller's variances never moved
     restored = make()
     restored.load_state_dict(loss.state_dict())
     assert restored(student_maps, teacher_maps).item() == loss(student_maps, teacher_maps).item()
@@ -311,7 +373,10 @@ def test_the_gradient_of_a_loss_reaches_the_student_maps(make, count):
 def test_attention_loss_adds_pairs_of_maps_of_different_widths():
     student_maps, teacher_maps = maps((5, 6), 1), maps((7, 8), 2)
     each = [fastvid.ATLoss()([s], [t]) for s, t in zip(student_maps, teacher_maps)]
-    assert fastvid.ATLoss()(student_maps, teacher_maps).item() == pytest.approx(sum(each).item(), **CLOSE) and min(each) > 0
+    assert (
+        fastvid.ATLoss()(student_maps, teacher_maps).item() == pytest.approx(sum(each).item(), **CLOSE)
+        and min(each) > 0
+    )
 
 
 def test_kd_loss_alone_has_the_published_temperature(student, teacher):
@@ -330,11 +395,14 @@ def test_an_unknown_variant_is_refused_with_the_choices():
         fastvid.VIDLoss([5], [7], variant="mdistiller")
 
 
-@pytest.mark.parametrize("call", [
-    pytest.param(lambda: fastvid.VIDLoss([5], [7, 8]), id="vid-channels"),
-    pytest.param(lambda: fastvid.VIDLoss([5], [7])(maps((5, 6), 1), maps((7, 8), 2)), id="vid-maps"),
-    pytest.param(lambda: fastvid.ATLoss()(maps((5, 6), 1), maps((7,), 2)), id="at-maps"),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda: fastvid.VIDLoss([5], [7, 8]), id="vid-channels"),
+        pytest.param(lambda: fastvid.VIDLoss([5], [7])(maps((5, 6), 1), maps((7, 8), 2)), id="vid-maps"),
+        pytest.param(lambda: fastvid.ATLoss()(maps((5, 6), 1), maps((7,), 2)), id="at-maps"),
+    ],
+)
 def test_lists_of_different_lengths_are_refused_rather_than_cut(call):
     with pytest.raises(ValueError):
         call()

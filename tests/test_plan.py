@@ -35,7 +35,9 @@ def test_a_batch_depends_on_seed_epoch_and_step_alone_not_on_what_was_asked_befo
 
 def test_a_batch_is_the_same_in_another_process():
     program = "from fastvid.plan import BatchPlan; print([values.tolist() for values in BatchPlan(1000, 16, seed=3).batch(7, 5)])"
-    elsewhere = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
     assert elsewhere.strip() == str([values.tolist() for values in BatchPlan(1000, 16, seed=3).batch(7, 5)])
 
 
@@ -91,29 +93,36 @@ def test_an_image_is_augmented_differently_in_each_epoch():
 def test_no_two_epochs_and_no_two_seeds_share_a_permutation():
     plans = [BatchPlan(100, 100, seed=seed) for seed in (0, 1, 2, 3, 2**64 - 1)]
     orders = {plan.batch(epoch, 0).indices.tobytes() for plan in plans for epoch in range(20)}
-    assert len(orders) == 100  # 100! orders, so a chance collision does not happen; seed + epoch as the key would give 23
+    assert (
+        len(orders) == 100
+    )  # 100! orders, so a chance collision does not happen; seed + epoch as the key would give 23
 
 
 @pytest.mark.parametrize("images, batch_size", SIZES)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_out_the_batch_of_one_rank_without_overlap(images, batch_size, world_size):
     whole = BatchPlan(images, batch_size, seed=5)
-    ranks = [BatchPlan(images, batch_size, seed=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        BatchPlan(images, batch_size, seed=5, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
     for step in range(whole.steps_per_epoch):
         parts = [list(zip(*rank.batch(1, step))) for rank in ranks]
         assert sorted(chain(*parts)) == sorted(zip(*whole.batch(1, step)))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@pytest.mark.parametrize("arguments, phrase", [
-    ({"num_images": 0}, "at least one image"),
-    ({"batch_size": 0}, "batch of at least one"),
-    ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
-    ({"rank": -1, "world_size": 2}, "rank -1 of 2"),
-    ({"world_size": 0}, "rank 0 of 0"),
-    ({"seed": -1}, "seed in 0"),
-    ({"seed": 2**64}, "seed in 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, phrase",
+    [
+        ({"num_images": 0}, "at least one image"),
+        ({"batch_size": 0}, "batch of at least one"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"rank": -1, "world_size": 2}, "rank -1 of 2"),
+        ({"world_size": 0}, "rank 0 of 0"),
+        ({"seed": -1}, "seed in 0"),
+        ({"seed": 2**64}, "seed in 0"),
+    ],
+)
 def test_impossible_plans_are_refused(arguments, phrase):
     with pytest.raises(ValueError, match=phrase):
         BatchPlan(**({"num_images": 10, "batch_size": 4, "seed": 0} | arguments))

@@ -1,4 +1,5 @@
 """`fastvid train --profile`: what it writes and says, and that the training does not notice."""
+
 import itertools
 import json
 import re
@@ -15,17 +16,44 @@ from fastvid.engine import GroupStep
 from fastvid.profiling import STEPS
 
 REHEARSED = 2 + STEPS  # steps before the training
-TINY = ["train", "--device", "cpu", "--dataset", "digits", "--per-class", "2", "--validation-per-class", "1", "--batch-size", "4",
-        "--epochs", "2", "--evaluations", "2", "--student-depth", "10", "--teacher-depth", "10", "--teacher-width", "2"]  # 4 + 4 + 2 images
-PARTS = ["loader: batch", "teacher: forward",
-         *(f"{who}: {what}" for who in ("student", "vid") for what in ("forward", "backward", "update"))]
+TINY = [
+    "train",
+    "--device",
+    "cpu",
+    "--dataset",
+    "digits",
+    "--per-class",
+    "2",
+    "--validation-per-class",
+    "1",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "2",
+    "--evaluations",
+    "2",
+    "--student-depth",
+    "10",
+    "--teacher-depth",
+    "10",
+    "--teacher-width",
+    "2",
+]  # 4 + 4 + 2 images
+PARTS = [
+    "loader: batch",
+    "teacher: forward",
+    *(f"{who}: {what}" for who in ("student", "vid") for what in ("forward", "backward", "update")),
+]
 
 
 @pytest.fixture
 def command(tmp_path, teacher):
     """command("a", "--seed", "1"): `fastvid train ... --seed 1`, into tmp_path/a; returns its exit code and its results."""
+
     def run(out, *options):
-        code = cli.main([*TINY, "--method", "student,vid", "--teacher", teacher, "--out", str(tmp_path / out), *options])
+        code = cli.main(
+            [*TINY, "--method", "student,vid", "--teacher", teacher, "--out", str(tmp_path / out), *options]
+        )
         return code, results.read(tmp_path / out)[0]
 
     return run
@@ -35,7 +63,19 @@ def command(tmp_path, teacher):
 def profiled(tmp_path_factory, teacher):
     """The output folder of a command, and the lines that it said."""
     out = tmp_path_factory.mktemp("profiled") / "out"
-    options = ["--method", "student,vid", "--teacher", teacher, "--profile", "--batch-size", "10", "--epochs", "1", "--out", str(out)]
+    options = [
+        "--method",
+        "student,vid",
+        "--teacher",
+        teacher,
+        "--profile",
+        "--batch-size",
+        "10",
+        "--epochs",
+        "1",
+        "--out",
+        str(out),
+    ]
     ran = subprocess.run([sys.executable, "-m", "fastvid", *TINY, *options], capture_output=True, text=True)
     assert ran.returncode == 0 and not ran.stdout, ran.stderr
     return out, ran.stderr.splitlines()
@@ -44,7 +84,9 @@ def profiled(tmp_path_factory, teacher):
 def table(out, title):
     """Rows of a table of profile.txt: (name, milliseconds per step, share in percent, calls per step)."""
     text = (out / "profile.txt").read_text()
-    rows = re.search(rf"^{title} +ms per step +share +calls\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)[1].splitlines()
+    rows = re.search(rf"^{title} +ms per step +share +calls\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)[
+        1
+    ].splitlines()
     found = [re.fullmatch(r"(\S.*\S) +([\d.]+) +([\d.]+)% +(\d+)", row).groups() for row in rows]
     return [(name, float(time), float(share), int(calls)) for name, time, share, calls in found]
 
@@ -52,7 +94,9 @@ def table(out, title):
 def largest_cost(out):
     """(operator, share in percent, milliseconds of a step, calls) of the last line of profile.txt."""
     line = (out / "profile.txt").read_text().splitlines()[-1]
-    name, *numbers = re.fullmatch(r"largest cost of a step: (.+), (\d+)% of ([\d.]+) ms in (\d+) calls", line).groups()
+    name, *numbers = re.fullmatch(
+        r"largest cost of a step: (.+), (\d+)% of ([\d.]+) ms in (\d+) calls", line
+    ).groups()
     return name, *map(float, numbers)
 
 
@@ -78,7 +122,9 @@ def test_the_largest_cost_is_named_in_one_line_and_nothing_else_is_said(profiled
 
 def test_the_trace_is_json_of_a_chrome_trace_with_every_part_of_every_profiled_step(profiled):
     out, _ = profiled
-    events = [event for event in json.loads((out / "profile.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    events = [
+        event for event in json.loads((out / "profile.json").read_text())["traceEvents"] if event["ph"] == "X"
+    ]
     assert all(event["dur"] >= 0 and event["ts"] >= 0 and event["name"] for event in events)
     counted = Counter(event["name"] for event in events)
     assert {part: counted[part] for part in PARTS} == dict.fromkeys(PARTS, STEPS)
@@ -90,10 +136,16 @@ def test_the_largest_cost_is_the_first_operator_of_the_table_and_the_longest_of_
     first, *others = table(out, "operator")
     assert first[0] == name and round(first[2]) == pytest.approx(share, abs=1) and first[3] == calls
     assert [row[1] for row in (first, *others)] == sorted((row[1] for row in (first, *others)), reverse=True)
-    events = [event for event in json.loads((out / "profile.json").read_text())["traceEvents"] if event.get("cat") == "cpu_op"]
+    events = [
+        event
+        for event in json.loads((out / "profile.json").read_text())["traceEvents"]
+        if event.get("cat") == "cpu_op"
+    ]
     times = self_times(events)
     assert max(times, key=times.get) == name
-    assert times[name] / STEPS / 1000 == pytest.approx(first[1], rel=0.01)  # the trace has nanoseconds, the table microseconds
+    assert times[name] / STEPS / 1000 == pytest.approx(
+        first[1], rel=0.01
+    )  # the trace has nanoseconds, the table microseconds
 
 
 def test_the_parts_of_a_step_make_up_the_step(profiled):
@@ -104,19 +156,33 @@ def test_the_parts_of_a_step_make_up_the_step(profiled):
     assert all(share == pytest.approx(100 * time / step, abs=0.1) for _, time, share, _ in parts)
 
 
-SCALED = ["--vid-weight", "100"]  # so large that fp16 overflows, and its loss scale falls, in the first steps: also in profiled ones
+SCALED = [
+    "--vid-weight",
+    "100",
+]  # so large that fp16 overflows, and its loss scale falls, in the first steps: also in profiled ones
 
 
-@pytest.mark.parametrize("options", [["fp32"], ["bf16"], ["fp16", *SCALED]], ids=["fp32", "bf16", "fp16-that-overflows"])
+@pytest.mark.parametrize(
+    "options", [["fp32"], ["bf16"], ["fp16", *SCALED]], ids=["fp32", "bf16", "fp16-that-overflows"]
+)
 def test_a_training_that_is_profiled_ends_with_the_same_bits(command, options):
-    plain, profiled = command("plain", "--precision", *options), command("profiled", "--precision", *options, "--profile")
+    plain, profiled = (
+        command("plain", "--precision", *options),
+        command("profiled", "--precision", *options, "--profile"),
+    )
     assert plain[0] == profiled[0] == 0
     for one, other in zip(plain[1], profiled[1], strict=True):
-        assert one.weights_sha256 == other.weights_sha256 and one.history == other.history and one.steps == other.steps == 6
+        assert (
+            one.weights_sha256 == other.weights_sha256
+            and one.history == other.history
+            and one.steps == other.steps == 6
+        )
 
 
 @pytest.mark.parametrize("options", [["bf16"], ["fp16", *SCALED]], ids=["bf16", "fp16-that-overflows"])
-def test_an_interrupted_training_that_is_profiled_at_both_starts_ends_with_the_same_bits(command, monkeypatch, tmp_path, options):
+def test_an_interrupted_training_that_is_profiled_at_both_starts_ends_with_the_same_bits(
+    command, monkeypatch, tmp_path, options
+):
     steps, real = itertools.count(1), GroupStep.__call__
 
     def step(self, *batch):

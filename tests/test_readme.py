@@ -1,4 +1,5 @@
 """The numbers in README.md are those of bench/results, rendered, never typed."""
+
 import json
 import re
 import shutil
@@ -18,7 +19,10 @@ FOLDERS = sorted(path.parent for path in MEASURED.glob(f"*/{results.FILE}"))
 def test_what_the_readmes_say_was_measured_is_what_the_committed_results_give():
     first, whole = (page.read_text() for page in readme.PAGES)
     assert [readme.rendered(text) for text in (first, whole)] == [first, whole], "run python bench/readme.py"
-    assert all(re.search(f"^<!-- {name}( table)? -->$", first, re.MULTILINE) for name in ("speed", *(folder.name for folder in FOLDERS)))
+    assert all(
+        re.search(f"^<!-- {name}( table)? -->$", first, re.MULTILINE)
+        for name in ("speed", *(folder.name for folder in FOLDERS))
+    )
     assert all(f"<!-- {name} -->\n| variant |" in whole for name in ("search", "ablations"))
 
 
@@ -30,7 +34,11 @@ def test_the_report_of_committed_results_is_the_one_beside_them(folder, tmp_path
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), f"run fastvid report {folder}"
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, *(path.parent for path in MEASURED.glob(f"*/*/{results.FILE}"))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    [*FOLDERS, *(path.parent for path in MEASURED.glob(f"*/*/{results.FILE}"))],
+    ids=lambda path: path.name,
+)
 def test_committed_results_name_no_local_path_and_were_made_by_a_commit(folder):
     found, notes = results.read(folder)
     assert found and not notes
@@ -44,7 +52,10 @@ def test_how_fast_the_loaders_are_is_what_the_committed_rows_say():
     rows = [json.loads(line) for line in (MEASURED / "loader-cpu.jsonl").read_text().splitlines()]
     ratio = {row["impl"]: round(row["of_torchvision"]) for row in rows if row["op"] == "loader"}
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"DALI gave {ratio['dali']} times and PyTorch {ratio['torch']} times the images/s of a torchvision DataLoader" in text
+    assert (
+        f"DALI gave {ratio['dali']} times and PyTorch {ratio['torch']} times the images/s of a torchvision DataLoader"
+        in text
+    )
     assert not any(row["quick"] for row in rows) and {row["threads"] for row in rows} == {2}
 
 

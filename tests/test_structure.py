@@ -1,4 +1,5 @@
 """The shape of the project: who may import whom, what is public, what is installed, and that README.md tells the truth."""
+
 import ast
 import importlib
 import inspect
@@ -45,8 +46,22 @@ reproduce report doctor
 cli
 __main__
 """
-LAYER_OF = {("" if name == "fastvid" else name): number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-LIGHT = ("config", "errors", "results", "files", "signals", "table", "report", "cli", "")  # neither torch nor NumPy
+LAYER_OF = {
+    ("" if name == "fastvid" else name): number
+    for number, line in enumerate(LAYERS.split("\n"))
+    for name in line.split()
+}
+LIGHT = (
+    "config",
+    "errors",
+    "results",
+    "files",
+    "signals",
+    "table",
+    "report",
+    "cli",
+    "",
+)  # neither torch nor NumPy
 WITHOUT_TORCH = (*LIGHT, "plan", "cache", "decode", "datasets", "progress", "__main__")
 
 
@@ -80,7 +95,11 @@ def imports_of(module):
 
 
 def own_imports_of(module):
-    return [name.removeprefix("fastvid").removeprefix(".") for name in imports_of(module) if name.split(".")[0] == "fastvid"]
+    return [
+        name.removeprefix("fastvid").removeprefix(".")
+        for name in imports_of(module)
+        if name.split(".")[0] == "fastvid"
+    ]
 
 
 @pytest.mark.parametrize("module", SOURCES, ids=lambda name: name or "fastvid")
@@ -93,24 +112,38 @@ def test_a_module_imports_only_modules_below_it_so_there_are_no_cycles(module):
 def test_kernels_import_nothing_of_fastvid_but_kernels():
     kernels = [module for module in SOURCES if module.split(".")[0] == "kernels"]
     assert len(kernels) >= 6
-    assert not [name for module in kernels for name in own_imports_of(module) if name.split(".")[0] != "kernels"]
+    assert not [
+        name for module in kernels for name in own_imports_of(module) if name.split(".")[0] != "kernels"
+    ]
 
 
 def test_no_file_is_called_utils_and_no_file_of_the_project_imports_the_source_folder_of_the_kernels():
-    everything = [path for folder in ("fastvid", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    everything = [
+        path for folder in ("fastvid", "kernels", "tests", "bench") for path in (ROOT / folder).rglob("*.py")
+    ]
     assert not [path for path in everything if path.name == "utils.py"]
-    assert not [path for path in everything if "kernels" in [name.split(".")[0] for name in imported(ast.parse(path.read_text()))]]
+    assert not [
+        path
+        for path in everything
+        if "kernels" in [name.split(".")[0] for name in imported(ast.parse(path.read_text()))]
+    ]
 
 
-@pytest.mark.parametrize("names, heavy", [(LIGHT, {"torch", "numpy"}), (WITHOUT_TORCH, {"torch"})], ids=["light", "without-torch"])
+@pytest.mark.parametrize(
+    "names, heavy", [(LIGHT, {"torch", "numpy"}), (WITHOUT_TORCH, {"torch"})], ids=["light", "without-torch"]
+)
 def test_modules_that_must_start_at_once_import_nothing_heavy_when_they_are_loaded(names, heavy):
     modules = [f"fastvid.{name}".rstrip(".") for name in names if name != "__main__"]
     assert heavy.isdisjoint(top_level_modules_after(f"import {', '.join(modules)}"))
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"], ["train", "--epochs", "0"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["--version"], ["train", "--epochs", "0"]], ids=" ".join
+)
 def test_help_version_and_a_typing_error_are_answered_without_torch_and_numpy(argv):
-    loaded = top_level_modules_after(f"import fastvid.cli\ntry: fastvid.cli.main({argv})\nexcept SystemExit: pass")
+    loaded = top_level_modules_after(
+        f"import fastvid.cli\ntry: fastvid.cli.main({argv})\nexcept SystemExit: pass"
+    )
     assert "fastvid" in loaded and {"torch", "numpy"}.isdisjoint(loaded)
 
 
@@ -137,23 +170,29 @@ def test_loss_functions_have_the_fixed_signature_and_a_reference_without_impl(na
     assert bare_signature(getattr(fastvid.kernels.reference, name)) == reference
 
 
-@pytest.mark.parametrize("name, signature", [
-    ("WideResNet", "(depth, width, num_classes=10)"),
-    ("datasets.load", "(name, root, split, *, download=False)"),
-    ("plan.BatchPlan", "(num_images, batch_size, *, seed, rank=0, world_size=1)"),
-    ("loader.train_loader", "(arrays, plan, *, backend='auto', device='cpu', dtype=None)"),
-    ("train.train", "(config)"),
-    ("VIDLoss", "(student_channels, teacher_channels, *, variant='paper', factor=1.0, impl='auto')"),
-    ("ATLoss", "(*, factor=1.0, impl='auto')"),
-    ("KDLoss", "(temperature=4.0, *, factor=1.0, impl='auto')"),
-    ("FitNetLoss", "(student_channels, teacher_channels, *, factor=1.0, impl='auto')"),
-])
+@pytest.mark.parametrize(
+    "name, signature",
+    [
+        ("WideResNet", "(depth, width, num_classes=10)"),
+        ("datasets.load", "(name, root, split, *, download=False)"),
+        ("plan.BatchPlan", "(num_images, batch_size, *, seed, rank=0, world_size=1)"),
+        ("loader.train_loader", "(arrays, plan, *, backend='auto', device='cpu', dtype=None)"),
+        ("train.train", "(config)"),
+        ("VIDLoss", "(student_channels, teacher_channels, *, variant='paper', factor=1.0, impl='auto')"),
+        ("ATLoss", "(*, factor=1.0, impl='auto')"),
+        ("KDLoss", "(temperature=4.0, *, factor=1.0, impl='auto')"),
+        ("FitNetLoss", "(student_channels, teacher_channels, *, factor=1.0, impl='auto')"),
+    ],
+)
 def test_public_names_have_the_fixed_signature(name, signature):
     assert bare_signature(public(name)) == signature
 
 
 def test_losses_are_modules_and_the_configuration_and_result_are_where_design_says():
-    assert all(issubclass(public(name), torch.nn.Module) for name in ("VIDLoss", "ATLoss", "KDLoss", "FitNetLoss", "WideResNet"))
+    assert all(
+        issubclass(public(name), torch.nn.Module)
+        for name in ("VIDLoss", "ATLoss", "KDLoss", "FitNetLoss", "WideResNet")
+    )
     assert public("train.TrainConfig")().method == ("student",)
     assert {"steps_per_epoch", "batch"} <= set(dir(public("plan.BatchPlan")))
 
@@ -174,16 +213,22 @@ def public(dotted):
 def bare_signature(function):
     """(a, *, b=1), without annotations."""
     signature = inspect.signature(function)
-    parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    parameters = [
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+    ]
     return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
 def test_distribution_has_its_name_extras_command_and_version():
     distribution = metadata.distribution("fastvid-distill")
     assert distribution.version == fastvid.__version__
-    assert {"cuda13", "cuda12", "demo", "plot", "test"} <= set(distribution.metadata.get_all("Provides-Extra"))
+    assert {"cuda13", "cuda12", "demo", "plot", "test"} <= set(
+        distribution.metadata.get_all("Provides-Extra")
+    )
     assert distribution.metadata["License-Expression"] == "MIT"
-    commands = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
+    commands = {
+        entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"
+    }
     assert commands == {"fastvid": "fastvid.cli:program"}
     assert callable(importlib.import_module("fastvid.cli").main)
 
@@ -191,15 +236,27 @@ def test_distribution_has_its_name_extras_command_and_version():
 def test_a_wheel_holds_every_module_and_the_marker_of_types(tmp_path):
     found = [path for pattern in ("fastvid/**/*", "kernels/*") for path in ROOT.glob(pattern)]
     sources_and_data = [path for path in found if path.is_file() and path.suffix != ".pyc"]
-    for path in (*sources_and_data, *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):  # no build/ is left here
+    for path in (
+        *sources_and_data,
+        *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")),
+    ):  # no build/ is left here
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("fastvid_distill-*.whl")
-    wanted = {str(Path("fastvid", path.relative_to(ROOT / "fastvid") if path.is_relative_to(ROOT / "fastvid") else path.relative_to(ROOT)))
-              for path in sources_and_data}
+    wanted = {
+        str(
+            Path(
+                "fastvid",
+                path.relative_to(ROOT / "fastvid")
+                if path.is_relative_to(ROOT / "fastvid")
+                else path.relative_to(ROOT),
+            )
+        )
+        for path in sources_and_data
+    }
     assert "fastvid/py.typed" in wanted and "fastvid/kernels/vid.py" in wanted
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
@@ -210,7 +267,11 @@ def test_marker_of_types_lies_in_the_installed_package():
 
 def block(marker, language):
     """The fenced block of README.md under an HTML comment."""
-    match = re.search(rf"^<!-- {marker} -->\n```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    match = re.search(
+        rf"^<!-- {marker} -->\n```{language}\n(.*?)^```$",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
     assert match, f"README.md has no {language} block under <!-- {marker} -->"
     return match[1].strip()
 
@@ -235,16 +296,24 @@ def test_the_loss_example_of_the_readme_trains_student_and_regressors():
     names = {"batches": batches}
     exec(block("example", "python"), names)
     assert torch.isfinite(names["loss"]) and names["loss"].requires_grad
-    assert {id(p) for p in names["vid"].parameters()} <= set(map(id, names["optimizer"].param_groups[0]["params"]))
+    assert {id(p) for p in names["vid"].parameters()} <= set(
+        map(id, names["optimizer"].param_groups[0]["params"])
+    )
     untrained = fastvid.VIDLoss([16, 32, 64], [32, 64, 128]).variances()
-    assert not any(torch.equal(now, start) for now, start in zip(names["vid"].variances(), untrained, strict=True))
+    assert not any(
+        torch.equal(now, start) for now, start in zip(names["vid"].variances(), untrained, strict=True)
+    )
 
 
 def test_the_batch_example_of_the_readme_shows_every_image_of_the_subset_twice(cifar10_root, monkeypatch):
     monkeypatch.chdir(cifar10_root)
-    monkeypatch.setattr(fastvid.datasets, "load", lambda name, root, split, load=fastvid.datasets.load: load(name, ".", split))
+    monkeypatch.setattr(
+        fastvid.datasets, "load", lambda name, root, split, load=fastvid.datasets.load: load(name, ".", split)
+    )
     code, names = block("batches", "python"), {"seen": []}
     exec(code.replace("...", "seen.extend(labels.tolist())"), names)
     assert sum(line != "" for line in code.splitlines()) <= 10
     assert sorted(names["seen"]) == sorted(2 * names["subset"].labels.tolist())
-    assert names["images"].shape[1:] == (3, 32, 32) and names["images"].is_contiguous(memory_format=torch.channels_last)
+    assert names["images"].shape[1:] == (3, 32, 32) and names["images"].is_contiguous(
+        memory_format=torch.channels_last
+    )

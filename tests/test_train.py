@@ -1,4 +1,5 @@
 """Training end to end, on tiny networks and a few digits: 40 images, 3 steps per epoch with a last short batch of 8, 10 to evaluate on."""
+
 import copy
 import dataclasses
 import hashlib
@@ -28,8 +29,19 @@ from fastvid.wresnet import WideResNet, frozen
 
 CPU = torch.device("cpu")
 STEPS = 3  # per epoch
-TINY = {"device": "cpu", "dataset": "digits", "per_class": 5, "validation_per_class": 1, "batch_size": 16, "epochs": 2, "evaluations": 1,
-        "teacher_depth": 10, "teacher_width": 2, "student_depth": 10, "precision": "fp32"}
+TINY = {
+    "device": "cpu",
+    "dataset": "digits",
+    "per_class": 5,
+    "validation_per_class": 1,
+    "batch_size": 16,
+    "epochs": 2,
+    "evaluations": 1,
+    "teacher_depth": 10,
+    "teacher_width": 2,
+    "student_depth": 10,
+    "precision": "fp32",
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +49,10 @@ def teacher(tmp_path_factory):
     """Weights of a WRN-10-2, random but for its last layer, which is fitted to digits; the width tells it from a student."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     torch.manual_seed(1)
-    network, (images, labels) = WideResNet(10, 2), next(iter(EvalLoader(datasets.load("digits", "", "train").subset(5), 50)))
+    network, (images, labels) = (
+        WideResNet(10, 2),
+        next(iter(EvalLoader(datasets.load("digits", "", "train").subset(5), 50))),
+    )
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -52,7 +67,8 @@ def teacher(tmp_path_factory):
 def tiny(tmp_path, teacher):
     """tiny("a", "vid", "kd", seed=1): the config of a group whose output folder is tmp_path/a."""
     return lambda out, *methods, **settings: TrainConfig(
-        **TINY | {"method": methods, "teacher": teacher, "out": str(tmp_path / out)} | settings)
+        **TINY | {"method": methods, "teacher": teacher, "out": str(tmp_path / out)} | settings
+    )
 
 
 @pytest.fixture
@@ -82,7 +98,10 @@ def forwards():
     """Every forward pass of a WideResNet while the test runs, as (network, images)."""
     seen = []
     hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: seen.append((module, len(inputs[0]))) if isinstance(module, WideResNet) else None)
+        lambda module, inputs, output: (
+            seen.append((module, len(inputs[0]))) if isinstance(module, WideResNet) else None
+        )
+    )
     yield seen
     hook.remove()
 
@@ -102,11 +121,13 @@ def files_in(config):
 
 # --- reproducible
 
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_gives_others(tiny, precision):
     first, again, other = (
         [bits(result) for result in train(tiny(out, "student", "vid", seed=seed, precision=precision))]
-        for out, seed in (("a", 0), ("b", 0), ("c", 1)))
+        for out, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert first == again
     assert len({*first, *other}) == 4
 
@@ -143,16 +164,31 @@ def test_neither_the_method_nor_the_loader_changes_a_batch(tiny, monkeypatch):
 
 # --- interrupted
 
-@pytest.mark.parametrize("after", [
-    pytest.param(1, id="first-step"), pytest.param(STEPS, id="last-step-of-an-epoch"), pytest.param(STEPS + 2, id="within-an-epoch"),
-    pytest.param(4 * STEPS, id="very-last-step")])
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(1, id="first-step"),
+        pytest.param(STEPS, id="last-step-of-an-epoch"),
+        pytest.param(STEPS + 2, id="within-an-epoch"),
+        pytest.param(4 * STEPS, id="very-last-step"),
+    ],
+)
 def test_an_interrupted_group_goes_on_to_the_same_bits(tiny, interrupted, after):
     methods = "student", "fitnet", "vid"
     settings = {"epochs": 4, "evaluations": 2, "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.5)}
     whole, config = train(tiny("whole", *methods, **settings)), tiny("broken", *methods, **settings)
     message = interrupted(config, after)
-    assert message == f"stopped after step {after} of {4 * STEPS}, all is saved in {config.out}: the same command goes on from there"
-    assert files_in(config) == ["fitnet-5-seed0.resume", "results.jsonl", "student-5-seed0.resume", "vid-5-seed0.resume"]
+    assert (
+        message
+        == f"stopped after step {after} of {4 * STEPS}, all is saved in {config.out}: the same command goes on from there"
+    )
+    assert files_in(config) == [
+        "fitnet-5-seed0.resume",
+        "results.jsonl",
+        "student-5-seed0.resume",
+        "vid-5-seed0.resume",
+    ]
     resumed = train(config)
     for one, other in zip(resumed, whole):
         assert bits(one) == bits(other), one.method
@@ -180,14 +216,29 @@ def test_a_method_added_to_an_interrupted_group_is_trained_beside_it(tiny, inter
 
 
 @pytest.mark.survival("wrong but well-formed")
-@pytest.mark.parametrize("change, phrase", [
-    pytest.param({"learning_rate": 0.05}, "was made with learning_rate = 0.1, but now it is 0.05: give the old settings, another --out",
-                 id="setting"),
-    pytest.param({"vid": VIDOptions(weight=1.0)}, "was made with vid = .*10.0.*, but now it is .*1.0", id="setting-of-a-method"),
-    pytest.param({"teacher": "another"}, "was made with another teacher: give the old settings, another --out, or delete the file",
-                 id="teacher"),
-])
-def test_a_resume_state_of_another_configuration_is_refused_and_kept(tiny, interrupted, tmp_path, change, phrase):
+@pytest.mark.parametrize(
+    "change, phrase",
+    [
+        pytest.param(
+            {"learning_rate": 0.05},
+            "was made with learning_rate = 0.1, but now it is 0.05: give the old settings, another --out",
+            id="setting",
+        ),
+        pytest.param(
+            {"vid": VIDOptions(weight=1.0)},
+            "was made with vid = .*10.0.*, but now it is .*1.0",
+            id="setting-of-a-method",
+        ),
+        pytest.param(
+            {"teacher": "another"},
+            "was made with another teacher: give the old settings, another --out, or delete the file",
+            id="teacher",
+        ),
+    ],
+)
+def test_a_resume_state_of_another_configuration_is_refused_and_kept(
+    tiny, interrupted, tmp_path, change, phrase
+):
     interrupted(tiny("a", "vid"), after=1)
     resume = tmp_path / "a" / "vid-5-seed0.resume"
     before = resume.read_bytes()
@@ -199,32 +250,76 @@ def test_a_resume_state_of_another_configuration_is_refused_and_kept(tiny, inter
     assert resume.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage, phrase", [
-    pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable torch file", id="cut"),
-    pytest.param(lambda path: path.write_bytes(b"nothing of ours"), "not a readable torch file", id="garbage"),
-    pytest.param(lambda path: path.write_bytes(b""), "not a readable torch file", id="empty"),
-    pytest.param(lambda path: torch.save({"epoch": 3}, path), "is no resume state of this version .*: delete it", id="another-state"),
-    pytest.param(lambda path: torch.save(torch.ones(3), path), "is no resume state of this version .*: delete it", id="a-tensor"),
-    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"learner": {}}, path), "is no resume state of this version",
-                 id="parts-missing"),
-    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"position": math.inf}, path), "is no resume state of this version",
-                 id="no-position"),
-    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"seconds": math.nan}, path), "is no resume state of this version",
-                 id="no-seconds"),
-    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"position": 1.5}, path), "is no resume state of this version",
-                 id="half-a-step"),
-    pytest.param(lambda path: torch.save(checkpoint.load_state(path) | {"seconds": -5.0}, path), "is no resume state of this version",
-                 id="seconds-before-zero"),
-    pytest.param(lambda path: torch.save(with_momenta(path, lambda momentum: momentum.to(torch.complex64)), path),
-                 "is no resume state of this version", id="momenta-of-another-type"),
-    pytest.param(lambda path: torch.save(with_momenta(path, lambda momentum: momentum.to_sparse()), path),
-                 "is no resume state of this version", id="sparse-momenta"),
-    pytest.param(lambda path: torch.save(with_momenta(path, lambda _: torch.ones(3)), path), "is no resume state of this version",
-                 id="momenta-of-another-shape"),
-    pytest.param(lambda path: torch.save(without_a_momentum(checkpoint.load_state(path)), path), "is no resume state of this version",
-                 id="a-momentum-missing"),
-])
-def test_a_resume_state_that_cannot_be_read_is_named_with_the_remedy(tiny, interrupted, tmp_path, damage, phrase):
+@pytest.mark.parametrize(
+    "damage, phrase",
+    [
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a readable torch file", id="cut"
+        ),
+        pytest.param(
+            lambda path: path.write_bytes(b"nothing of ours"), "not a readable torch file", id="garbage"
+        ),
+        pytest.param(lambda path: path.write_bytes(b""), "not a readable torch file", id="empty"),
+        pytest.param(
+            lambda path: torch.save({"epoch": 3}, path),
+            "is no resume state of this version .*: delete it",
+            id="another-state",
+        ),
+        pytest.param(
+            lambda path: torch.save(torch.ones(3), path),
+            "is no resume state of this version .*: delete it",
+            id="a-tensor",
+        ),
+        pytest.param(
+            lambda path: torch.save(checkpoint.load_state(path) | {"learner": {}}, path),
+            "is no resume state of this version",
+            id="parts-missing",
+        ),
+        pytest.param(
+            lambda path: torch.save(checkpoint.load_state(path) | {"position": math.inf}, path),
+            "is no resume state of this version",
+            id="no-position",
+        ),
+        pytest.param(
+            lambda path: torch.save(checkpoint.load_state(path) | {"seconds": math.nan}, path),
+            "is no resume state of this version",
+            id="no-seconds",
+        ),
+        pytest.param(
+            lambda path: torch.save(checkpoint.load_state(path) | {"position": 1.5}, path),
+            "is no resume state of this version",
+            id="half-a-step",
+        ),
+        pytest.param(
+            lambda path: torch.save(checkpoint.load_state(path) | {"seconds": -5.0}, path),
+            "is no resume state of this version",
+            id="seconds-before-zero",
+        ),
+        pytest.param(
+            lambda path: torch.save(with_momenta(path, lambda momentum: momentum.to(torch.complex64)), path),
+            "is no resume state of this version",
+            id="momenta-of-another-type",
+        ),
+        pytest.param(
+            lambda path: torch.save(with_momenta(path, lambda momentum: momentum.to_sparse()), path),
+            "is no resume state of this version",
+            id="sparse-momenta",
+        ),
+        pytest.param(
+            lambda path: torch.save(with_momenta(path, lambda _: torch.ones(3)), path),
+            "is no resume state of this version",
+            id="momenta-of-another-shape",
+        ),
+        pytest.param(
+            lambda path: torch.save(without_a_momentum(checkpoint.load_state(path)), path),
+            "is no resume state of this version",
+            id="a-momentum-missing",
+        ),
+    ],
+)
+def test_a_resume_state_that_cannot_be_read_is_named_with_the_remedy(
+    tiny, interrupted, tmp_path, damage, phrase
+):
     interrupted(tiny("a", "vid"), after=1)
     resume = tmp_path / "a" / "vid-5-seed0.resume"
     damage(resume)
@@ -234,7 +329,9 @@ def test_a_resume_state_that_cannot_be_read_is_named_with_the_remedy(tiny, inter
 
 def with_momenta(path, change):
     state = checkpoint.load_state(path)
-    state["learner"]["momenta"] = {name: change(momentum) for name, momentum in state["learner"]["momenta"].items()}
+    state["learner"]["momenta"] = {
+        name: change(momentum) for name, momentum in state["learner"]["momenta"].items()
+    }
     return state
 
 
@@ -243,9 +340,16 @@ def without_a_momentum(state):
     return state
 
 
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda momentum: momentum.contiguous(), id="another-layout"),
-    pytest.param(lambda momentum: torch.empty(2 * momentum.numel())[::2].view(momentum.shape).copy_(momentum), id="with-gaps")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda momentum: momentum.contiguous(), id="another-layout"),
+        pytest.param(
+            lambda momentum: torch.empty(2 * momentum.numel())[::2].view(momentum.shape).copy_(momentum),
+            id="with-gaps",
+        ),
+    ],
+)
 def test_how_a_momentum_lies_in_the_file_does_not_matter(tiny, interrupted, change):
     (whole,) = train(tiny("whole", "vid"))
     config = tiny("a", "vid")
@@ -265,7 +369,9 @@ def test_a_momentum_that_is_one_number_in_memory_is_not_written_through(tiny, in
     assert run.steps == 2 * STEPS
 
 
-@pytest.mark.parametrize("harm, said", [(Path.unlink, "are gone"), (lambda path: path.write_bytes(b"x"), "are not what they were")])
+@pytest.mark.parametrize(
+    "harm, said", [(Path.unlink, "are gone"), (lambda path: path.write_bytes(b"x"), "are not what they were")]
+)
 def test_a_finished_run_whose_weights_are_lost_or_changed_is_told(harm, said, tiny, capsys):
     config = tiny("a", "student")
     (run,) = train(config)
@@ -279,7 +385,9 @@ def test_a_finished_run_whose_weights_are_lost_or_changed_is_told(harm, said, ti
 def test_the_command_stops_on_a_signal_says_how_to_go_on_and_does(tiny, number):
     config = tiny("broken", "student", epochs=12, checkpoint_every="1epoch")
     resume = Path(config.out, "student-5-seed0.resume")
-    with subprocess.Popen([sys.executable, "-m", "fastvid", *arguments(config)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastvid", *arguments(config)], stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 60
         while not resume.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)  # it appears after the first epoch
@@ -296,7 +404,9 @@ def test_the_command_stops_on_a_signal_says_how_to_go_on_and_does(tiny, number):
 
 
 @pytest.mark.parametrize("where", ["evaluation", "preparation"])
-def test_a_signal_in_work_that_changes_nothing_is_followed_at_once_and_the_work_made_up_for(tiny, monkeypatch, where):
+def test_a_signal_in_work_that_changes_nothing_is_followed_at_once_and_the_work_made_up_for(
+    tiny, monkeypatch, where
+):
     (whole,), config = train(tiny("whole", "vid", evaluations=2)), tiny("broken", "vid", evaluations=2)
     count, step, iterate = itertools.count(1), GroupStep.__call__, EvalLoader.__iter__
 
@@ -313,9 +423,15 @@ def test_a_signal_in_work_that_changes_nothing_is_followed_at_once_and_the_work_
         pytest.fail("the handler did not raise")
 
     with monkeypatch.context() as patch:
-        target = (GroupStep, "__call__", prepare) if where == "preparation" else (EvalLoader, "__iter__", evaluate_until_the_signal)
+        target = (
+            (GroupStep, "__call__", prepare)
+            if where == "preparation"
+            else (EvalLoader, "__iter__", evaluate_until_the_signal)
+        )
         patch.setattr(*target)
-        with pytest.raises(Interrupted, match=f"stopped after step {STEPS + (where == 'preparation')} of {2 * STEPS}"):
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {STEPS + (where == 'preparation')} of {2 * STEPS}"
+        ):
             train(config)
     (resumed,) = train(config)
     assert bits(resumed) == bits(whole) and resumed.history == whole.history and len(whole.history) == 2
@@ -337,7 +453,10 @@ def test_a_signal_while_the_last_state_is_saved_is_followed_too(tiny, monkeypatc
     assert bits(*train(config)) == bits(*train(tiny("whole", "student")))
 
 
-@pytest.mark.parametrize("every, saves", [("1epoch", [3, 6, 9, 12]), ("3epochs", [9, 12]), ("60min", [12]), ("0min", list(range(1, 13)))])
+@pytest.mark.parametrize(
+    "every, saves",
+    [("1epoch", [3, 6, 9, 12]), ("3epochs", [9, 12]), ("60min", [12]), ("0min", list(range(1, 13)))],
+)
 def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny, monkeypatch, every, saves):
     (whole,), seen, save = train(tiny("whole", "vid", epochs=4)), [], Run.save
     monkeypatch.setattr(Run, "save", lambda self, position: seen.append(position) or save(self, position))
@@ -346,21 +465,33 @@ def test_the_state_is_saved_as_often_as_asked_for_and_that_changes_nothing(tiny,
 
 
 @pytest.mark.survival("wrong but well-formed")
-def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_machine_told(tiny, interrupted, capsys):
+def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_machine_told(
+    tiny, interrupted, capsys
+):
     config = tiny("a", "student")
     interrupted(config, after=1)
     path = Path(config.out, "student-5-seed0.resume")
     state = checkpoint.load_state(path)
     checkpoint.save_state(path, state | {"versions": state["versions"] | {"torch": "2.9.0"}})
-    with pytest.raises(InputError, match="was made with torch = 2.9.0, but now it is .*: install that version again, or delete the file"):
+    with pytest.raises(
+        InputError,
+        match="was made with torch = 2.9.0, but now it is .*: install that version again, or delete the file",
+    ):
         train(config)
     (origin,) = state["origins"]
-    checkpoint.save_state(path, state | {"origins": [origin | {"commit": "0123abc", "device": "NVIDIA H100", "engine": "graph"}]})
+    checkpoint.save_state(
+        path,
+        state | {"origins": [origin | {"commit": "0123abc", "device": "NVIDIA H100", "engine": "graph"}]},
+    )
     (run,) = train(config)
-    told = (f"student was begun elsewhere, so other bits may come of it, and its result will say so: commit was 0123abc and is "
-            f"{origin['commit']}, device was NVIDIA H100 and is {origin['device']}, engine was graph and is eager")
+    told = (
+        f"student was begun elsewhere, so other bits may come of it, and its result will say so: commit was 0123abc and is "
+        f"{origin['commit']}, device was NVIDIA H100 and is {origin['device']}, engine was graph and is eager"
+    )
     assert told in capsys.readouterr().err
-    assert run.environment["engine"] == "graph, then eager" and run.environment["threads"] == origin["threads"]
+    assert (
+        run.environment["engine"] == "graph, then eager" and run.environment["threads"] == origin["threads"]
+    )
     assert run.environment["commit"] == f"0123abc, then {origin['commit']}"
 
 
@@ -368,16 +499,23 @@ def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_mach
 def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
     train(tiny("a", "student"))
     monkeypatch.setattr("fastvid.__version__", "9.9")
-    with pytest.raises(InputError, match="holds results of fastvid .*, and this is 9.9: install that version again, or give another --out"):
+    with pytest.raises(
+        InputError,
+        match="holds results of fastvid .*, and this is 9.9: install that version again, or give another --out",
+    ):
         train(tiny("a", "kd"))
 
 
 # --- numbers that are none
 
+
 @pytest.mark.survival("numbers")
 def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_without_it(tiny):
     (whole,) = train(tiny("whole", "student"))
-    with pytest.raises(InputError, match=r"vid diverged in step 1: the loss of vid at (stem|group\d) is (inf|nan); nothing of that"):
+    with pytest.raises(
+        InputError,
+        match=r"vid diverged in step 1: the loss of vid at (stem|group\d) is (inf|nan); nothing of that",
+    ):
         train(tiny("a", "student", "vid", vid=VIDOptions(weight=1e39)))
     assert files_in(tiny("a", "student")) == ["results.jsonl", "student-5-seed0.resume"]
     (student,) = train(tiny("a", "student"))
@@ -387,14 +525,23 @@ def test_a_diverging_method_is_named_with_step_and_tap_and_the_others_go_on_with
 @pytest.mark.survival("numbers")
 def test_a_sum_of_losses_that_overflows_is_refused_and_leaves_no_result(tiny):
     config = tiny("a", "vid", vid=VIDOptions(weight=2e37), learning_rate=0.0)
-    with pytest.raises(InputError, match="vid diverged by step 1: the losses of its epoch add up to .* and inf for the transfer"):
+    with pytest.raises(
+        InputError,
+        match="vid diverged by step 1: the losses of its epoch add up to .* and inf for the transfer",
+    ):
         train(config)
     assert results.read(Path(config.out)) == ([], [])
 
 
 @pytest.mark.survival("numbers")
-def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_good_state_stays(tiny, monkeypatch):
-    config, forward, count = tiny("a", "student", epochs=4, checkpoint_every="1epoch"), WideResNet.forward, itertools.count(1)
+def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_good_state_stays(
+    tiny, monkeypatch
+):
+    config, forward, count = (
+        tiny("a", "student", epochs=4, checkpoint_every="1epoch"),
+        WideResNet.forward,
+        itertools.count(1),
+    )
 
     def poisoned(self, images):
         output = forward(self, images)
@@ -404,10 +551,15 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_
 
     with monkeypatch.context() as patch:
         patch.setattr(WideResNet, "forward", poisoned)
-        with pytest.raises(InputError, match=f"student diverged in step {STEPS + 2}: the gradient of network.fc.bias is not finite"):
+        with pytest.raises(
+            InputError,
+            match=f"student diverged in step {STEPS + 2}: the gradient of network.fc.bias is not finite",
+        ):
             train(config)
     state = checkpoint.load_state(Path(config.out, "student-5-seed0.resume"))
-    assert state["position"] == STEPS and all(value.isfinite().all() for value in state["learner"]["network"].values())
+    assert state["position"] == STEPS and all(
+        value.isfinite().all() for value in state["learner"]["network"].values()
+    )
     assert bits(*train(config)) == bits(*train(tiny("whole", "student", epochs=4)))
 
 
@@ -415,7 +567,10 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_parameter_and_the_last_
 def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
     (whole,) = train(tiny("whole", "student", precision="fp16", epochs=20))
     config = tiny("a", "student", "vid", precision="fp16", epochs=20, vid=VIDOptions(weight=1e30))
-    with pytest.raises(InputError, match=r"vid diverged before step \d+: its gradients in fp16 are not finite at any scale of the loss"):
+    with pytest.raises(
+        InputError,
+        match=r"vid diverged before step \d+: its gradients in fp16 are not finite at any scale of the loss",
+    ):
         train(config)
     assert files_in(config) == ["results.jsonl", "student-5-seed0.resume"]
     (student,) = train(tiny("a", "student", precision="fp16", epochs=20))
@@ -425,14 +580,19 @@ def test_gradients_that_fp16_cannot_hold_at_any_scale_end_the_run(tiny):
 @pytest.mark.survival("numbers")
 def test_variances_at_their_floor_are_reported_once(tiny, monkeypatch, capsys):
     paper = vid.VARIANTS["paper"]
-    monkeypatch.setitem(vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, floor=0.0, initial_variance=1.001e-3))
+    monkeypatch.setitem(
+        vid.VARIANTS, "paper", dataclasses.replace(paper, eps=1e-3, floor=0.0, initial_variance=1.001e-3)
+    )
     train(tiny("a", "vid", evaluations=2, vid=VIDOptions(weight=1e-9)))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "floor" in line]
-    assert line == ("vid: variances have come to their floor after epoch 1: 16 of 16 at stem, 32 of 32 at group1, 64 of 64 at group2, "
-                    "128 of 128 at group3")
+    assert line == (
+        "vid: variances have come to their floor after epoch 1: 16 of 16 at stem, 32 of 32 at group1, 64 of 64 at group2, "
+        "128 of 128 at group3"
+    )
 
 
 # --- the protocol
+
 
 def test_the_learning_rate_drops_at_30_60_and_80_percent(tiny, monkeypatch):
     used, real = [], GroupStep.__call__
@@ -443,7 +603,9 @@ def test_the_learning_rate_drops_at_30_60_and_80_percent(tiny, monkeypatch):
 
     monkeypatch.setattr(GroupStep, "__call__", step)
     train(tiny("a", "vid", epochs=10, batch_size=40))
-    assert [len(set(rates)) for rates in used] == [1] * 10, "decayed and undecayed parameters have the same rate"
+    assert [len(set(rates)) for rates in used] == [1] * 10, (
+        "decayed and undecayed parameters have the same rate"
+    )
     assert [rates[0] for rates in used] == pytest.approx([0.1] * 3 + [0.02] * 3 + [0.004] * 2 + [0.0008] * 2)
 
 
@@ -458,8 +620,10 @@ def test_other_milestones_and_factors_are_followed():
     assert [learning_rate(config, share) for share in (0.0, 0.49, 0.5, 0.99)] == [1.0, 1.0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("epochs, evaluations, count", [
-    (200, 50, 50), (1000, 50, 50), (8, 10, 8), (7, 3, 3), (1, 50, 1), (5, 1, 1), (10, 10, 10)])
+@pytest.mark.parametrize(
+    "epochs, evaluations, count",
+    [(200, 50, 50), (1000, 50, 50), (8, 10, 8), (7, 3, 3), (1, 50, 1), (5, 1, 1), (10, 10, 10)],
+)
 def test_evaluations_are_evenly_spread_and_the_last_epoch_is_among_them(epochs, evaluations, count):
     config = TrainConfig(epochs=epochs, evaluations=evaluations)
     chosen = [epoch for epoch in range(epochs) if is_evaluated(epoch, config)]
@@ -468,7 +632,9 @@ def test_evaluations_are_evenly_spread_and_the_last_epoch_is_among_them(epochs, 
     assert max(gaps) - min(gaps) <= 1
 
 
-def test_the_last_short_batch_is_trained_on_and_the_teacher_looks_once_per_batch_for_all_students(tiny, forwards):
+def test_the_last_short_batch_is_trained_on_and_the_teacher_looks_once_per_batch_for_all_students(
+    tiny, forwards
+):
     first = train(tiny("a", "student", "kd", "vid"))[0]
     assert first.steps == 2 * STEPS and first.train_images == 40
     training = [images for network, images in forwards if network.width == 2]
@@ -484,13 +650,25 @@ def test_the_teacher_stays_as_it_was_loaded(tiny, teacher, forwards):
     assert all(torch.equal(value, loaded[name]) for name, value in evaluated.state_dict().items())
     expected = frozen(evaluated, teaching.conv1.weight.dtype).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in teaching.state_dict().items())
-    assert not any(network.training or parameter.requires_grad for network in (teaching, evaluated) for parameter in network.parameters())
+    assert not any(
+        network.training or parameter.requires_grad
+        for network in (teaching, evaluated)
+        for parameter in network.parameters()
+    )
 
 
-def test_images_and_weights_are_channels_last_and_a_student_is_back_in_training_mode_after_an_evaluation(tiny, forwards, monkeypatch):
+def test_images_and_weights_are_channels_last_and_a_student_is_back_in_training_mode_after_an_evaluation(
+    tiny, forwards, monkeypatch
+):
     layouts, real = [], GroupStep.__call__
-    monkeypatch.setattr(GroupStep, "__call__", lambda self, images, *rest: layouts.append(
-        images.is_contiguous(memory_format=torch.channels_last)) or real(self, images, *rest))
+    monkeypatch.setattr(
+        GroupStep,
+        "__call__",
+        lambda self, images, *rest: (
+            layouts.append(images.is_contiguous(memory_format=torch.channels_last))
+            or real(self, images, *rest)
+        ),
+    )
     train(tiny("a", "student", evaluations=2))
     assert layouts == [True] * 2 * STEPS
     ((network, _), *_) = forwards
@@ -512,8 +690,11 @@ def test_a_diverging_run_ends_with_the_method_and_a_remedy_and_leaves_no_result(
     assert cli.main(arguments(config)) == 2
     *_, line = capsys.readouterr().err.splitlines()
     what = r"(the loss of cross entropy is (nan|inf)|the gradient of network\S+ is not finite)"
-    assert re.fullmatch(rf"fastvid: error: student diverged in step \d+: {what}; nothing of that was saved, "
-                        "earlier states are as they were: lower its weight or --learning-rate, set --clip-norm, or leave it out", line)
+    assert re.fullmatch(
+        rf"fastvid: error: student diverged in step \d+: {what}; nothing of that was saved, "
+        "earlier states are as they were: lower its weight or --learning-rate, set --clip-norm, or leave it out",
+        line,
+    )
     assert files_in(config) == ["results.jsonl"] and results.read(Path(config.out)) == ([], [])
 
 
@@ -526,9 +707,15 @@ def test_layers_above_the_hint_stand_still_until_the_hint_is_learned(tiny, teach
     images, labels = next(iter(EvalLoader(datasets.load("digits", "", "train").subset(2), 20)))
 
     def moved():
-        return {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+        return {
+            name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])
+        }
 
-    above = {name for name in before if name.startswith(("fc.", "bn1.", "block3.layer.0.conv", "block3.layer.0.bn2."))}
+    above = {
+        name
+        for name in before
+        if name.startswith(("fc.", "bn1.", "block3.layer.0.conv", "block3.layer.0.bn2."))
+    }
     step.begin_epoch(0.0)
     for _ in range(3):
         step(images, labels, 0.1)
@@ -540,13 +727,18 @@ def test_layers_above_the_hint_stand_still_until_the_hint_is_learned(tiny, teach
 
 
 def test_a_hint_that_leaves_no_epoch_to_the_labels_is_refused(tiny):
-    with pytest.raises(InputError, match="--fitnet-hint-share is 0.6, wanted a share that leaves one of the 2 epochs to the labels"):
+    with pytest.raises(
+        InputError,
+        match="--fitnet-hint-share is 0.6, wanted a share that leaves one of the 2 epochs to the labels",
+    ):
         train(tiny("a", "fitnet", fitnet=FitNetOptions(schedule="two-stage", hint_share=0.6)))
 
 
 def test_no_teacher_is_trained_beside_students_of_a_given_one(tiny):
     train(tiny("a", "vid"))
-    with pytest.raises(InputError, match=r"holds students of a teacher \(.*\) whose result is not there, .*: give that one"):
+    with pytest.raises(
+        InputError, match=r"holds students of a teacher \(.*\) whose result is not there, .*: give that one"
+    ):
         train(tiny("a", "teacher"))
     train(tiny("a", "kd"))
 
@@ -565,6 +757,7 @@ def test_settings_that_finished_runs_did_not_use_do_not_part_results(tiny):
 
 # --- what is left behind
 
+
 def test_a_finished_run_leaves_its_result_and_weights_only_and_is_not_trained_again(tiny, forwards):
     config = tiny("a", "student", "kd+vid")
     first = train(config)
@@ -578,11 +771,19 @@ def test_a_finished_run_leaves_its_result_and_weights_only_and_is_not_trained_ag
 
 def test_a_method_subset_or_seed_is_added_to_the_finished_ones(tiny):
     train(tiny("a", "student"))
-    for config in (tiny("a", "student", "vid"), tiny("a", "student", per_class=6), tiny("a", "student", seed=1)):
+    for config in (
+        tiny("a", "student", "vid"),
+        tiny("a", "student", per_class=6),
+        tiny("a", "student", seed=1),
+    ):
         train(config)
     found, _ = results.read(Path(config.out))
     assert [(one.method, one.per_class, one.seed) for one in found] == [
-        ("student", 5, 0), ("vid", 5, 0), ("student", 6, 0), ("student", 5, 1)]
+        ("student", 5, 0),
+        ("vid", 5, 0),
+        ("student", 6, 0),
+        ("student", 5, 1),
+    ]
 
 
 @pytest.mark.parametrize("held_out, split, images", [(1, "validation", 40), (0, "test", 50)])
@@ -593,12 +794,21 @@ def test_the_accuracy_is_that_of_the_saved_weights_on_the_recorded_split(tiny, h
     first_five = datasets.load("digits", "", "train").subset(5)
     unseen = first_five.holdout(1)[1] if held_out else datasets.load("digits", "", "test")
     network = checkpoint.load_network(f"{result.config['out']}/{result.weights}", 10, 1, 10)
-    assert evaluate(network, EvalLoader(unseen, 500), CPU, "fp32") == result.accuracy == result.history[-1].accuracy
+    assert (
+        evaluate(network, EvalLoader(unseen, 500), CPU, "fp32")
+        == result.accuracy
+        == result.history[-1].accuracy
+    )
     assert result.best_accuracy >= result.accuracy and result.history[-1].epoch == 4
 
 
-@pytest.mark.parametrize("variant, taps, first, floor", [
-    ("paper", ["stem", "group1", "group2", "group3"], 0.3, 1.0), ("repdistiller", ["group1", "group2", "group3"], 5.0, 0.0)])
+@pytest.mark.parametrize(
+    "variant, taps, first, floor",
+    [
+        ("paper", ["stem", "group1", "group2", "group3"], 0.3, 1.0),
+        ("repdistiller", ["group1", "group2", "group3"], 5.0, 0.0),
+    ],
+)
 def test_learned_variances_are_in_the_history_per_tap_and_in_the_weights(tiny, variant, taps, first, floor):
     (result,) = train(tiny("a", "vid", vid=VIDOptions(variant=variant, weight=10.0), evaluations=2))
     tensors = weights_of(result).tensors
@@ -622,17 +832,30 @@ def test_weights_say_what_they_are(tiny):
         train_set = datasets.load("digits", "", "train")
         assert metadata["normalisation"] == {"mean": list(train_set.mean), "std": list(train_set.std)}
         settings = metadata["config"]
-        assert settings.items() <= result.config.items() and not settings.keys() & set(CIRCUMSTANCES)  # no path of this machine
-        assert ("vid" in settings) == ("teacher_depth" in settings) == (result.method == "vid")  # and nothing of other methods
-        assert result.weights_sha256 == hashlib.sha256(Path(config.out, result.weights).read_bytes()).hexdigest()
+        assert settings.items() <= result.config.items() and not settings.keys() & set(
+            CIRCUMSTANCES
+        )  # no path of this machine
+        assert (
+            ("vid" in settings) == ("teacher_depth" in settings) == (result.method == "vid")
+        )  # and nothing of other methods
+        assert (
+            result.weights_sha256 == hashlib.sha256(Path(config.out, result.weights).read_bytes()).hexdigest()
+        )
 
 
 def test_a_result_holds_the_whole_configuration_and_where_it_was_made(tiny):
     (result,) = train(tiny("a", "vid", vid=VIDOptions(weight=2.0)))
     assert set(result.config) == {field.name for field in dataclasses.fields(TrainConfig)}
     assert result.config["method"] == ["vid"] and result.config["vid"] == {"variant": "paper", "weight": 2.0}
-    assert (result.config["protocol"], result.config["epochs"], result.config["batch_size"]) == ("quick", 2, 16)
-    assert result.environment["torch"] == torch.__version__ and {"device", "commit", "threads", "python"} <= result.environment.keys()
+    assert (result.config["protocol"], result.config["epochs"], result.config["batch_size"]) == (
+        "quick",
+        2,
+        16,
+    )
+    assert (
+        result.environment["torch"] == torch.__version__
+        and {"device", "commit", "threads", "python"} <= result.environment.keys()
+    )
     assert result.seconds > 0 and result.images_per_second == pytest.approx(40 * 2 / result.seconds)
 
 

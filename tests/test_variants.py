@@ -1,4 +1,5 @@
 """bench/variants.py: variants of one method share a group, one that diverges leaves the others alone, and the fixed variance stays."""
+
 import dataclasses
 
 import pytest
@@ -11,8 +12,17 @@ from fastvid.errors import InputError
 from fastvid.methods import vid
 from fastvid.train import train
 
-SHARED = {"device": "cpu", "dataset": "digits", "per_class": 6, "validation_per_class": 1, "batch_size": 25, "epochs": 2, "evaluations": 2,
-          "teacher_depth": 10, "student_depth": 10}
+SHARED = {
+    "device": "cpu",
+    "dataset": "digits",
+    "per_class": 6,
+    "validation_per_class": 1,
+    "batch_size": 25,
+    "epochs": 2,
+    "evaluations": 2,
+    "teacher_depth": 10,
+    "student_depth": 10,
+}
 
 
 @pytest.fixture
@@ -21,9 +31,13 @@ def variants(monkeypatch):
     return variants_module
 
 
-def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(variants, teacher, tmp_path, monkeypatch):
+def test_variants_are_trained_side_by_side_and_one_that_diverges_is_left_out(
+    variants, teacher, tmp_path, monkeypatch
+):
     weights = {"low": 0.1, "lost": 1e39, "high": 1.0}
-    configs = {name: TrainConfig(method=("vid",), vid=VIDOptions(weight=weight)) for name, weight in weights.items()}
+    configs = {
+        name: TrainConfig(method=("vid",), vid=VIDOptions(weight=weight)) for name, weight in weights.items()
+    }
     monkeypatch.setitem(variants.EXPERIMENTS, "search", configs)
     for seed in (0, 1):
         variants.train("search", tmp_path / "out", teacher=teacher, seed=seed, **SHARED)
@@ -54,12 +68,17 @@ def test_an_ablation_changes_what_its_name_says(variants, teacher, tmp_path):
     for name in chosen:
         (path,) = (tmp_path / "out" / name).glob("*.safetensors")
         tensors = checkpoint.load_weights(path).tensors
-        shapes[name] = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        shapes[name] = {
+            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+        }
     assert {key.split(".")[1] for key in shapes["vid-only-stem-weight-10"]} == {"0"}
     assert not any("running_mean" in key for key in shapes["vid-no-batch-norm-weight-10"])
     assert shapes["vid-narrow-weight-10"]["regressors.1.hidden.0.weight"].shape[0] == 32
     assert "regressors.1.hidden.3.weight" not in shapes["vid-one-hidden-layer-weight-10"]
-    assert {key for key in shapes["vid-linear-weight-10"] if ".1." in key} == {"regressors.1.last.weight", "regressors.1.last.bias"}
+    assert {key for key in shapes["vid-linear-weight-10"] if ".1." in key} == {
+        "regressors.1.last.weight",
+        "regressors.1.last.bias",
+    }
     fixed = torch.nn.functional.softplus(shapes["vid-fixed-variance-1-weight-10"]["raw_scales.0"]) + 1 / 16
     torch.testing.assert_close(fixed, torch.ones(16))
 

@@ -35,20 +35,27 @@ def flat(activations):
 
 # --- the same network in NumPy, float64, from the weights of a state dict
 
+
 class InNumpy:
     def __init__(self, net):
-        self.weights = {name: value.detach().numpy().copy() for name, value in net.state_dict().items()}  # before BN updates them
+        self.weights = {
+            name: value.detach().numpy().copy() for name, value in net.state_dict().items()
+        }  # before BN updates them
         self.training, self.blocks = net.training, (net.depth - 4) // 6
 
     def conv(self, x, name, stride=1):
         kernel = self.weights[f"{name}.weight"]
         size = kernel.shape[-1]
         padded = np.pad(x, ((0, 0), (0, 0), (size // 2,) * 2, (size // 2,) * 2))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))[
+            :, :, ::stride, ::stride
+        ]
         return np.einsum("bchwij,ocij->bohw", windows, kernel, optimize=True)
 
     def bn_relu(self, x, name):
-        gamma, beta, mean, var = (self.weights[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
+        gamma, beta, mean, var = (
+            self.weights[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
+        )
         if self.training:
             mean, var = x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3))
         mean, scale, beta = (v[:, None, None] for v in (mean, gamma / np.sqrt(var + 1e-5), beta))
@@ -57,7 +64,11 @@ class InNumpy:
     def block(self, x, name, stride):
         a = self.bn_relu(x, f"{name}.bn1")
         y = self.conv(self.bn_relu(self.conv(a, f"{name}.conv1", stride), f"{name}.bn2"), f"{name}.conv2")
-        return y + (self.conv(a, f"{name}.convShortcut", stride) if f"{name}.convShortcut.weight" in self.weights else x)
+        return y + (
+            self.conv(a, f"{name}.convShortcut", stride)
+            if f"{name}.convShortcut.weight" in self.weights
+            else x
+        )
 
     def network(self, x):
         stages = [self.conv(x, "conv1")]
@@ -80,11 +91,14 @@ def assert_close(ours, expected):
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("width, name, stride", [
-    pytest.param(1, "block1.layer.0", 1, id="identity-shortcut"),
-    pytest.param(2, "block1.layer.0", 1, id="wider"),
-    pytest.param(1, "block2.layer.0", 2, id="wider-at-half-resolution"),
-])
+@pytest.mark.parametrize(
+    "width, name, stride",
+    [
+        pytest.param(1, "block1.layer.0", 1, id="identity-shortcut"),
+        pytest.param(2, "block1.layer.0", 1, id="wider"),
+        pytest.param(1, "block2.layer.0", 2, id="wider-at-half-resolution"),
+    ],
+)
 def test_a_block_is_what_numpy_computes(width, name, stride, train):
     net = network(width=width, train=train)
     in_numpy, block = InNumpy(net), net.get_submodule(name)
@@ -101,7 +115,9 @@ def test_all_taps_and_the_logits_are_what_numpy_computes(depth, width, train):
     net, x = network(depth, width, train=train), images()
     stages, activated, logits = InNumpy(net).network(x.numpy())
     ours = net(x)
-    for tensor, expected in zip((*ours.stages, *ours.activated, ours.logits), (*stages, *activated, logits), strict=True):
+    for tensor, expected in zip(
+        (*ours.stages, *ours.activated, ours.logits), (*stages, *activated, logits), strict=True
+    ):
         assert_close(tensor, expected)
 
 
@@ -116,14 +132,20 @@ def test_activated_maps_are_what_the_batch_norms_that_follow_the_stages_give():
 def test_taps_keep_the_values_they_had_when_they_were_made():
     net, seen = network(16, train=True), []
     for module in (net.conv1, net.block1, net.block2, net.block3):
-        module.register_forward_hook(lambda _, inputs, output: seen.append((output[0] if isinstance(output, tuple) else output).clone()))
+        module.register_forward_hook(
+            lambda _, inputs, output: seen.append(
+                (output[0] if isinstance(output, tuple) else output).clone()
+            )
+        )
     assert all(torch.equal(stage, value) for stage, value in zip(net(images()).stages, seen, strict=True))
 
 
 def test_every_batch_norm_runs_once_per_training_step():
     net = WideResNet(16, 2)
     net(torch.randn(2, 3, 8, 8))
-    counts = {name: int(value) for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")}
+    counts = {
+        name: int(value) for name, value in net.state_dict().items() if name.endswith("num_batches_tracked")
+    }
     assert len(counts) == 13 and set(counts.values()) == {1}
 
 
@@ -140,7 +162,10 @@ def test_the_gradient_through_all_outputs_at_once_is_the_slope_of_their_sum():
             for parameter, d in zip(net.parameters(), direction, strict=True):
                 parameter += step * d
         taken = net(images())
-        return sum((t * w).sum() for t, w in zip((*taken.stages, *taken.activated, taken.logits), weights, strict=True))
+        return sum(
+            (t * w).sum()
+            for t, w in zip((*taken.stages, *taken.activated, taken.logits), weights, strict=True)
+        )
 
     gradients = torch.autograd.grad(total(), list(net.parameters()))
     assert all(g.abs().max() > 0 for g in gradients)
@@ -152,6 +177,7 @@ def test_the_gradient_through_all_outputs_at_once_is_the_slope_of_their_sum():
 
 
 # --- size, shapes, names
+
 
 @pytest.mark.parametrize("depth, width, count", [(40, 2, 2_243_546), (16, 1, 175_066)])
 def test_parameter_counts_are_the_published_ones(depth, width, count):
@@ -174,13 +200,16 @@ def test_channels_last_images_stay_channels_last_at_every_tap():
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (*ours.stages, *ours.activated))
 
 
-@pytest.mark.parametrize("depth, width, num_classes, phrase", [
-    (4, 1, 10, "no Wide ResNet has depth 4: choose 6n"),
-    (17, 1, 10, "no Wide ResNet has depth 17: choose 6n"),
-    (-2, 1, 10, "no Wide ResNet has depth -2: choose 6n"),
-    (16, 0, 10, "got 0 and 10"),
-    (16, 1, 0, "got 1 and 0"),
-])
+@pytest.mark.parametrize(
+    "depth, width, num_classes, phrase",
+    [
+        (4, 1, 10, "no Wide ResNet has depth 4: choose 6n"),
+        (17, 1, 10, "no Wide ResNet has depth 17: choose 6n"),
+        (-2, 1, 10, "no Wide ResNet has depth -2: choose 6n"),
+        (16, 0, 10, "got 0 and 10"),
+        (16, 1, 0, "got 1 and 0"),
+    ],
+)
 def test_impossible_sizes_are_refused(depth, width, num_classes, phrase):
     with pytest.raises(InputError, match=phrase):
         WideResNet(depth, width, num_classes)
@@ -191,14 +220,20 @@ def test_state_dict_names_are_those_of_the_public_checkpoints():
     batch_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     block = {"conv1.weight", "conv2.weight", *(f"bn{i}.{part}" for i in (1, 2) for part in batch_norm)}
     assert names == {
-        "conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{part}" for part in batch_norm),
+        "conv1.weight",
+        "fc.weight",
+        "fc.bias",
+        *(f"bn1.{part}" for part in batch_norm),
         *(f"block{group}.layer.{i}.{part}" for group in (1, 2, 3) for i in (0, 1) for part in block),
-        "block2.layer.0.convShortcut.weight", "block3.layer.0.convShortcut.weight",  # group 1 keeps its 16 channels at width 1
+        "block2.layer.0.convShortcut.weight",
+        "block3.layer.0.convShortcut.weight",  # group 1 keeps its 16 channels at width 1
     }
 
 
 def test_convolutions_start_with_the_variance_of_he_et_al_over_fan_out():
-    weight = WideResNet(16, 4).block3.layer[0].conv1.weight  # 128 -> 256 channels, so that fan-in is another number
+    weight = (
+        WideResNet(16, 4).block3.layer[0].conv1.weight
+    )  # 128 -> 256 channels, so that fan-in is another number
     # 128·256·9 draws: one standard deviation of the sample variance is sqrt(2/n) = 0.26 %
     assert weight.var().item() == pytest.approx(2 / (9 * 256), rel=0.01)
 
@@ -210,20 +245,31 @@ def test_a_frozen_network_computes_the_same_from_folded_weights_and_its_original
     frozen_net = frozen(net, torch.float64)
     for mine, expected in zip(flat(frozen_net(images())), flat(net(images()))):
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-10)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in frozen_net.modules()) == (depth - 4) // 2 + 1, "one of each block's two"
-    assert not frozen_net.training and not any(parameter.requires_grad for parameter in frozen_net.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and net.fc.weight.requires_grad
+    assert (
+        sum(isinstance(module, nn.BatchNorm2d) for module in frozen_net.modules()) == (depth - 4) // 2 + 1
+    ), "one of each block's two"
+    assert not frozen_net.training and not any(
+        parameter.requires_grad for parameter in frozen_net.parameters()
+    )
+    assert (
+        all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+        and net.fc.weight.requires_grad
+    )
 
 
 def test_a_frozen_network_holds_its_weights_in_the_compute_type_and_its_statistics_in_fp32():
     frozen_net = frozen(network().float().train(), torch.bfloat16)
     for name, tensor in frozen_net.state_dict().items():
-        assert tensor.dtype == (torch.int64 if "num_batches" in name else torch.float32 if "bn" in name else torch.bfloat16), name
+        assert tensor.dtype == (
+            torch.int64 if "num_batches" in name else torch.float32 if "bn" in name else torch.bfloat16
+        ), name
     assert all(tensor.dtype == torch.bfloat16 for tensor in flat(frozen_net(images().bfloat16())))
     assert frozen_net.block1.layer[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_public_names_of_the_trained_teacher_fit_and_it_classifies_real_images(teacher_file, cifar10_test):
+def test_the_public_names_of_the_trained_teacher_fit_and_it_classifies_real_images(
+    teacher_file, cifar10_test
+):
     teacher = WideResNet(40, 2)
     teacher.load_state_dict(load_file(teacher_file), strict=True)
     teacher.eval().to(memory_format=torch.channels_last)
@@ -233,5 +279,10 @@ def test_the_public_names_of_the_trained_teacher_fit_and_it_classifies_real_imag
         for step, (images, labels) in zip(range(10), EvalLoader(cifar10_test, 100)):
             with torch.autocast("cpu", torch.bfloat16):
                 logits = teacher(images).logits
-            correct += torch.stack([(found.argmax(dim=1) == labels).sum() for found in (logits, teaching(images.bfloat16()).logits)])
+            correct += torch.stack(
+                [
+                    (found.argmax(dim=1) == labels).sum()
+                    for found in (logits, teaching(images.bfloat16()).logits)
+                ]
+            )
     assert correct[0] > 920 and correct[1] > 920  # of the first 1,000; 92.47 % of all 10,000

@@ -1,4 +1,5 @@
 """Attention transfer (Zagoruyko and Komodakis, ICLR 2017): CE + β·Σ over the residual sums of groups 1, 2, 3."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,8 +31,10 @@ class ATLoss(nn.Module):
     def per_tap(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[Tensor]:
         """The loss of each pair, fp32 scalars."""
         checks.pairs("ATLoss", student_maps=student_maps, teacher_maps=teacher_maps)
-        return [attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
-                for student, teacher in zip(student_maps, teacher_maps)]
+        return [
+            attention_transfer(student, teacher, factor=self.factor, impl=self.impl)
+            for student, teacher in zip(student_maps, teacher_maps)
+        ]
 
 
 class AttentionTransfer(Transfer):

@@ -1,4 +1,5 @@
 """What a distillation method is made of: Transfer terms, and the Method that adds them to the cross entropy."""
+
 from __future__ import annotations
 
 import math
@@ -103,6 +104,9 @@ class Method(nn.Module):
 
     def variances_at_their_floor(self) -> dict[str, int]:
         """How many channels of each tap have a variance below twice the least one, where there are any."""
-        counts = {tap: int((values < 2 * term.least_variances()[tap]).sum())
-                  for term in self.transfers.values() for tap, values in term.variances().items()}
+        counts = {
+            tap: int((values < 2 * term.least_variances()[tap]).sum())
+            for term in self.transfers.values()
+            for tap, values in term.variances().items()
+        }
         return {tap: count for tap, count in counts.items() if count}

@@ -3,6 +3,7 @@
 Joint, as RepDistiller trains it: CE + weight·MSE. Two-stage, as the paper does: the hint alone first, while the layers above it
 stand still, then everything but the hint (CE, or with kd+fitnet the softened logits too), in one learning-rate schedule.
 """
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -21,17 +22,26 @@ class FitNetLoss(nn.Module):
     factor, impl: as in fastvid.kernels.vid_nll.  Raises ValueError on shapes that do not fit.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int, *, factor: float = 1.0, impl: str = "auto"):
+    def __init__(
+        self, student_channels: int, teacher_channels: int, *, factor: float = 1.0, impl: str = "auto"
+    ):
         super().__init__()
         checks.implementation("FitNetLoss", impl)
         self.factor, self.impl = factor, impl
         self.regressor = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels), nn.ReLU(inplace=True))
+            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
+            nn.ReLU(inplace=True),
+        )
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         convolution = self.regressor[0]
-        checks.tap("FitNetLoss", self.impl, student_map=(student_map, convolution.in_channels),
-                   teacher_map=(teacher_map, convolution.out_channels))
+        checks.tap(
+            "FitNetLoss",
+            self.impl,
+            student_map=(student_map, convolution.in_channels),
+            teacher_map=(teacher_map, convolution.out_channels),
+        )
         prediction = in_layout_of(student_map, self.regressor(student_map))
         return mean_squared_error(prediction, teacher_map, factor=self.factor, impl=self.impl)
 
@@ -42,7 +52,9 @@ class Hint(Transfer):
     def __init__(self, options: FitNetOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.tap = TAPS.index(options.tap)
-        self.loss = FitNetLoss(student.tap_channels[self.tap], teacher.tap_channels[self.tap], factor=options.weight)
+        self.loss = FitNetLoss(
+            student.tap_channels[self.tap], teacher.tap_channels[self.tap], factor=options.weight
+        )
         self.options = options
         self.staged = options.schedule == "two-stage"
 

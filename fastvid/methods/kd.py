@@ -1,4 +1,5 @@
 """Knowledge distillation (Hinton et al. 2015): (1 - α)·CE + α·T²·KL of the softened logits."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -15,13 +16,17 @@ class KDLoss(nn.Module):
     factor, impl: as in fastvid.kernels.softened_kl.
     """
 
-    def __init__(self, temperature: float = KDOptions.temperature, *, factor: float = 1.0, impl: str = "auto"):
+    def __init__(
+        self, temperature: float = KDOptions.temperature, *, factor: float = 1.0, impl: str = "auto"
+    ):
         super().__init__()
         checks.implementation("KDLoss", impl)
         self.temperature, self.factor, self.impl = temperature, factor, impl
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return softened_kl(student_logits, teacher_logits, temperature=self.temperature, factor=self.factor, impl=self.impl)
+        return softened_kl(
+            student_logits, teacher_logits, temperature=self.temperature, factor=self.factor, impl=self.impl
+        )
 
 
 class SoftenedLogits(Transfer):

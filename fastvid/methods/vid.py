@@ -3,6 +3,7 @@
 q is a Gaussian; a regressor of the student map gives its mean, and one learned variance per channel its spread, so that
 channels which the student cannot predict weigh less.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -47,11 +48,27 @@ class Variant:
 VARIANTS = {
     # Not known to us from the paper, and so our choice: the exact place of the taps, the least and the first variances, no decay on them.
     # The variances were chosen on held-out training images (bench/results).
-    "paper": Variant(TAPS, activated=True, hidden_multiples=(2, 2), batch_norm=True, eps=1e-5, floor=1.0, initial_variance=0.3,
-                     decayed_scale=False),
+    "paper": Variant(
+        TAPS,
+        activated=True,
+        hidden_multiples=(2, 2),
+        batch_norm=True,
+        eps=1e-5,
+        floor=1.0,
+        initial_variance=0.3,
+        decayed_scale=False,
+    ),
     # RepDistiller's, from the authors' code.
-    "repdistiller": Variant(TAPS[1:], activated=False, hidden_multiples=(1, 1), batch_norm=False, eps=1e-5, floor=0.0, initial_variance=5.0,
-                            decayed_scale=True),
+    "repdistiller": Variant(
+        TAPS[1:],
+        activated=False,
+        hidden_multiples=(1, 1),
+        batch_norm=False,
+        eps=1e-5,
+        floor=0.0,
+        initial_variance=5.0,
+        decayed_scale=True,
+    ),
 }
 
 
@@ -76,8 +93,15 @@ class VIDLoss(nn.Module):
     Optimise its parameters together with the student's.
     """
 
-    def __init__(self, student_channels: Sequence[int], teacher_channels: Sequence[int], *, variant: str = VIDOptions.variant,
-                 factor: float = 1.0, impl: str = "auto"):
+    def __init__(
+        self,
+        student_channels: Sequence[int],
+        teacher_channels: Sequence[int],
+        *,
+        variant: str = VIDOptions.variant,
+        factor: float = 1.0,
+        impl: str = "auto",
+    ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"VIDLoss has no variant {variant!r}: choose from {', '.join(VARIANTS)}")
@@ -88,30 +112,57 @@ class VIDLoss(nn.Module):
         self.least_variances = [least_variance(chosen, t) for t in teacher_channels]
         self.regressors = nn.ModuleList(
             _Regressor((s, *(t * multiple for multiple in chosen.hidden_multiples)), t, chosen.batch_norm)
-            for s, t in zip(student_channels, teacher_channels))
-        initial = [chosen.initial_variance if chosen.initial_variance > least else 2 * least for least in self.least_variances]
-        raw = [math.log(math.expm1(first - least)) for first, least in zip(initial, self.least_variances)]  # the inverse of softplus
-        self.raw_scales = nn.ParameterList(nn.Parameter(torch.full((t,), value)) for t, value in zip(teacher_channels, raw))
+            for s, t in zip(student_channels, teacher_channels)
+        )
+        initial = [
+            chosen.initial_variance if chosen.initial_variance > least else 2 * least
+            for least in self.least_variances
+        ]
+        raw = [
+            math.log(math.expm1(first - least)) for first, least in zip(initial, self.least_variances)
+        ]  # the inverse of softplus
+        self.raw_scales = nn.ParameterList(
+            nn.Parameter(torch.full((t,), value)) for t, value in zip(teacher_channels, raw)
+        )
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         return reduce(add, self.per_tap(student_maps, teacher_maps))
 
     def per_tap(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[Tensor]:
         """The loss of each tap, fp32 scalars."""
-        checks.pairs("VIDLoss", count=len(self.regressors), student_maps=student_maps, teacher_maps=teacher_maps)
+        checks.pairs(
+            "VIDLoss", count=len(self.regressors), student_maps=student_maps, teacher_maps=teacher_maps
+        )
         return list(map(self._tap, range(len(self.regressors)), student_maps, teacher_maps))
 
     def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         regressor = self.regressors[index]
-        checks.tap("VIDLoss", self.impl, **{f"student_maps[{index}]": (student_map, regressor.in_channels),
-                                            f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels)})
+        checks.tap(
+            "VIDLoss",
+            self.impl,
+            **{
+                f"student_maps[{index}]": (student_map, regressor.in_channels),
+                f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels),
+            },
+        )
         hidden = in_layout_of(student_map, regressor.hidden(student_map))
-        return projected_vid_nll(hidden, regressor.last.weight, regressor.last.bias, teacher_map, self.raw_scales[index],
-                                 eps=self.least_variances[index], factor=self.factor, impl=self.impl)
+        return projected_vid_nll(
+            hidden,
+            regressor.last.weight,
+            regressor.last.bias,
+            teacher_map,
+            self.raw_scales[index],
+            eps=self.least_variances[index],
+            factor=self.factor,
+            impl=self.impl,
+        )
 
     def variances(self) -> list[Tensor]:
         """The learned variance of each channel, [C] per tap, detached."""
-        return [F.softplus(raw_scale.detach()) + least for raw_scale, least in zip(self.raw_scales, self.least_variances)]
+        return [
+            F.softplus(raw_scale.detach()) + least
+            for raw_scale, least in zip(self.raw_scales, self.least_variances)
+        ]
 
 
 class _Regressor(nn.Module):
@@ -138,8 +189,11 @@ class VariationalInformation(Transfer):
         self.variant = VARIANTS[options.variant]
         self._taps = [TAPS.index(tap) for tap in self.variant.taps]
         self.loss = VIDLoss(
-            [student.tap_channels[i] for i in self._taps], [teacher.tap_channels[i] for i in self._taps],
-            variant=options.variant, factor=options.resolved().weight)
+            [student.tap_channels[i] for i in self._taps],
+            [teacher.tap_channels[i] for i in self._taps],
+            variant=options.variant,
+            factor=options.resolved().weight,
+        )
 
     def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
         return dict(zip(self.variant.taps, self.loss.per_tap(self._maps(student), self._maps(teacher))))
