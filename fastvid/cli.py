@@ -4,129 +4,103 @@ from __future__ import annotations
 
 import argparse
 import ast
-import atexit
 import contextlib
 import dataclasses
 import inspect
 import os
 import sys
 import types
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIGINT
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import fastvid
-from fastvid import results, signals
+from fastvid import signals
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
-from fastvid.errors import InputError, Interrupted, RankLost, is_out_of_memory
+from fastvid.errors import InputError, Interrupted
+from fastvid.results import RunResult
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `fastvid ARGV`. Returns the exit code: 0, 2 for bad input, 130 after SIGINT, 143 after SIGTERM."""
-    signals.raise_on_sigterm()
+    """Run `fastvid ARGV`. Returns the exit code.
+
+    0: done.  1: done, but students diverged.  2: bad input.  130, 143, 129: ended by SIGINT, SIGTERM, SIGHUP.
+    """
+    signals.raise_on_signal()
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ?
         args, unknown = _parser().parse_known_args(argv)
         if unknown:
             args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
-        return 0
+        return code
     except InputError as error:
         return _refuse(str(error))
-    except BrokenPipeError:  # `fastvid report DIR | head`: nobody reads on
+    except BrokenPipeError:  # the reader of a pipe such as `fastvid report DIR | head` is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         return _refuse(
             f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions"
         )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _refuse(
-            "out of memory: set a smaller --batch-size, train fewer methods at once, or take smaller networks"
-        )
-    except RankLost as error:
+    except Interrupted as error:
         _tell(f"fastvid: {error}")
-        return 1
-    except (Interrupted, KeyboardInterrupt) as error:
-        message = (
-            str(error)
-            if isinstance(error, Interrupted)
-            else "interrupted: the same command starts again where it was"
-        )
-        if message:
-            _tell(f"{_who()}: {message}")
-        return _signal_code(error)
+        return 128 + error.number
+    except KeyboardInterrupt as error:
+        _tell("fastvid: interrupted: the same command resumes from the last saved state")
+        return 128 + getattr(error, "number", SIGINT)
 
 
 def program() -> NoReturn:
-    """The process `fastvid`, or one of those that torchrun started."""
+    """The process `fastvid`."""
     try:
         code = main()
-        signals.ignore()  # it ends
-    except KeyboardInterrupt as error:  # between those two lines
         signals.ignore()
-        code = _signal_code(error)
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # else it could abort on its way out, over a thread of gloo that is still there
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    except KeyboardInterrupt as error:  # a signal after the last line of main
+        signals.ignore()
+        code = 128 + getattr(error, "number", SIGINT)
     sys.exit(code)
 
 
-def _signal_code(error: Interrupted | KeyboardInterrupt) -> int:
-    if isinstance(error, Interrupted):
-        return 128 + error.number
-    return 128 + (SIGTERM if isinstance(error, signals.Terminated) else SIGINT)
-
-
-def _who() -> str:
-    """This process; of those that torchrun has started, the first speaks for all unless it cannot."""
-    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
-    return "fastvid" if rank == "0" else f"fastvid, rank {rank}"
-
-
 def _refuse(message: str) -> int:
-    _tell(f"{_who()}: error: {' '.join(message.split())}")
+    _tell(f"fastvid: error: {' '.join(message.split())}")
     return 2
 
 
 def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody can be told
+    with contextlib.suppress(OSError):  # nobody reads stderr
         print(line, file=sys.stderr)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     config = _from_args(TrainConfig, args)
-    with _holding(config):
-        from fastvid.train import train
+    from fastvid.train import train
 
-        train(config)
+    return _code(train(config))
 
 
-def _reproduce(args: argparse.Namespace) -> None:
+def _reproduce(args: argparse.Namespace) -> int:
     grid, config = _from_args(Grid, args), _from_args(TrainConfig, args)
-    with _holding(config):
-        from fastvid.reproduce import reproduce
+    from fastvid.reproduce import reproduce
 
-        if reproduce(grid, config):
-            _report(argparse.Namespace(folder=config.out))
+    found = reproduce(grid, config)
+    if found is None:
+        return 0
+    _report(argparse.Namespace(folder=config.out))
+    return _code(found)
 
 
-def _holding(config: TrainConfig) -> contextlib.AbstractContextManager:
-    """Hold the output folder from now on: before the seconds that importing torch takes. Of several ranks the first one does."""
-    return (
-        results.exclusive(results.open_folder(Path(config.out)))
-        if _who() == "fastvid"
-        else contextlib.nullcontext()
-    )
+def _code(found: Iterable[RunResult]) -> int:
+    """1 and a line for each student that diverged, else 0."""
+    diverged = [result for result in found if result.diverged]
+    for result in diverged:
+        subset = f"{result.per_class} per class" if result.per_class else "full"
+        _tell(f"fastvid: {result.method} ({subset}, seed {result.seed}) diverged in {result.diverged}")
+    return 1 if diverged else 0
 
 
 def _report(args: argparse.Namespace) -> None:

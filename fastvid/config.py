@@ -50,10 +50,10 @@ class FitNetOptions:
 
     weight: float = 100.0
     """weight of the mean squared error at the hint"""
-    tap: Literal["stem", "group1", "group2", "group3"] = "group2"
-    """which teacher map is the hint"""
+    tap: tuple[str, ...] = ("group2",)
+    """teacher maps that are hints: stem, group1, group2, group3, several with commas, or all"""
     schedule: Literal["joint", "two-stage"] = "joint"
-    """hint beside cross entropy, or hint first and cross entropy after"""
+    """hints beside cross entropy, or hints first and cross entropy after"""
     hint_share: float = 0.2
     """two-stage: share of the epochs spent on the hint alone"""
 
@@ -117,15 +117,15 @@ class TrainConfig:
     validation_per_class: int = 0
     """hold out the last N images of each class of that subset and evaluate on them, not on the test split"""
     seed: int = 0
-    """of initial weights, batches and augmentation"""
+    """random seed for weights, batch order and augmentation"""
     protocol: Literal["seed", "quick"] | None = None
     """length and batch size: seed = 200 epochs for the teacher and on the full set, 1000 on a reduced one; none: the data set's own"""
     epochs: int | None = None
-    """this many epochs, whatever the protocol says"""
+    """number of epochs (overrides --protocol)"""
     batch_size: int | None = None
-    """images per step, whatever the protocol says"""
+    """images per step (overrides --protocol)"""
     learning_rate: float = 0.1
-    """of SGD; times lr_decay at each milestone"""
+    """learning rate of SGD; multiplied by lr_decay at each milestone"""
     lr_decay: float = 0.2
     """factor on the learning rate at each milestone"""
     milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
@@ -145,7 +145,7 @@ class TrainConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
     """what executes the batch plan, to the same batches; auto: dali where it is installed"""
     engine: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """how a step executes, up to rounding the same; auto: graph on a GPU, compile for long runs on a CPU, else (and for torchrun) eager"""
+    """execution mode: eager, torch.compile, or one CUDA graph; results agree up to rounding. auto: graph on a GPU, compile for long runs on a CPU, else eager"""
     profile: bool = False
     """before training, profile a few steps: OUT/profile.txt names the largest cost, OUT/profile.json is the trace"""
     checkpoint_every: str = "5min"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -17,9 +16,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device. Raises InputError for one that this machine lacks."""
+    """The device that --device `name` means: of several processes of torchrun or Slurm each takes a GPU of its own.
+
+    Raises InputError for a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+    if name == "cuda" and local_rank.isdigit() and torch.cuda.device_count():
+        name = f"cuda:{int(local_rank) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -42,19 +47,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 @cache
-def tune(device: torch.device, processes: int = 1) -> None:
-    """Set up this process for training on `device`, as one of `processes` on this machine.
+def tune(device: torch.device) -> None:
+    """Set up this process for training on `device`.
 
     On a GPU cuDNN tries its algorithms, each shape once. On a CPU:
-    Threads: alone, as torch and OMP_NUM_THREADS have it; else its part of the cores, for torchrun writes OMP_NUM_THREADS=1 unasked.
-    The pool for operators side by side (interop) stays as it is: an eager step never uses it.
-    Memory: glibc shall keep what is freed. It would give large maps back to the system and take them anew, page by page, in every step.
+    Threads: a single process keeps torch's setting; several share the cores, because torchrun sets OMP_NUM_THREADS=1 by default.
+    Memory: glibc keeps what is freed. It would return large maps to the system and take them again, page by page, in every step.
     """
     if device.type == "cuda":
-        if device.index is not None:  # else the current GPU, which is a rank's own
+        if device.index is not None:
             torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // processes))
@@ -68,23 +73,14 @@ def tune(device: torch.device, processes: int = 1) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of tensors on a GPU since reset_peak_memory, warm-up included; of the whole process on a CPU. None where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:  # not getrusage, whose peak may be that of the process that started this one
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return 1024 * int(fields["VmHWM"].split()[0])
-    except (OSError, KeyError):
-        return None
+    """Bytes of tensors on a GPU at most since reset_peak_memory, warm-up included. None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From now on peak_memory tells the peak since now."""
+    """Let peak_memory count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # only Linux has it, and not every container
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def synchronize(device: torch.device) -> None:

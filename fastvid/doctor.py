@@ -11,9 +11,9 @@ import torch
 import fastvid
 from fastvid import datasets, loader
 from fastvid.device import choose_device
-from fastvid.engine import LONG, choose_engine
 from fastvid.errors import InputError
 from fastvid.kernels import checks
+from fastvid.step import LONG, choose_engine
 
 PACKAGES = {  # what each is for
     "torch": "training",

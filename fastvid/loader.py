@@ -92,6 +92,10 @@ class TrainLoader:
     def __init__(self, plan: BatchPlan, executor: _TorchExecutor | _DaliExecutor):
         self.plan, self._executor = plan, executor
 
+    def batch(self, epoch: int, step: int) -> Batch:
+        """Batch number `step` of an epoch. DALI prepares the batches that follow it, so ask for them in order."""
+        return self._executor.batch(epoch, step)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `start_step` on. A rank that a short last batch leaves out gets an empty one.
 

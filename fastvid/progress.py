@@ -8,24 +8,20 @@ import time
 
 from tqdm import tqdm
 
-_muted = False
-
-
-def mute() -> None:
-    """Say nothing from now on: another process speaks for this one."""
-    global _muted
-    _muted = True
+from fastvid.plan import BatchPlan
 
 
 class Progress:
-    """Progress over `total` images, of which `done` were seen by an earlier start."""
+    """Progress of a training over `epochs` epochs of `plan`, of which `step` steps were taken by an earlier process."""
 
-    def __init__(self, title: str, total: int, done: int = 0, least_seconds: float = 10.0):
+    def __init__(self, title: str, plan: BatchPlan, epochs: int, step: int = 0, least_seconds: float = 10.0):
+        epoch, number = divmod(step, plan.steps_per_epoch)
+        total, done = epochs * plan.num_images, epoch * plan.num_images + number * plan.batch_size
         self._title, self._total, self._done, self._first = title, total, done, done
         self._start = self._last_line = time.monotonic()
         self._least_seconds, self._text = least_seconds, ""
         self._bar, self._advanced = None, False
-        if sys.stderr is not None and sys.stderr.isatty() and not _muted:
+        if sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=total,
                 initial=done,
@@ -36,7 +32,7 @@ class Progress:
                 leave=False,
                 bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}",
             )
-        self._line("from the start" if done == 0 else f"going on at {100 * done / total:.0f} %")
+        self._line("from the start" if done == 0 else f"resumes at {100 * done / total:.0f} %")
 
     def advance(self, images: int) -> None:
         """So many more are done. The rate counts from the end of the first step, which may have waited for a compiler."""
@@ -72,7 +68,10 @@ class Progress:
             )
         self._line("  ".join(parts))
 
-    def close(self) -> None:
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -83,7 +82,7 @@ class Progress:
 
 def say(text: str) -> None:
     """One line to the person, above the bar if there is one."""
-    if _muted or sys.stderr is None:
+    if sys.stderr is None:
         return
     with contextlib.suppress(
         OSError

@@ -43,6 +43,8 @@ class Evaluation:
     """mean of the weighted transfer term over the epoch"""
     variances: dict[str, list[float]]
     """per tap of VID: least, median and largest learned variance"""
+    information: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """per regressor, such as "vid at stem": explained variance, and information bound in nats per element"""
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class RunResult:
     per_class: int | None
     """images of each class; null: all"""
     seed: int
-    accuracy: float
-    """of the last epoch, top-1 in percent"""
-    best_accuracy: float
+    accuracy: float | None
+    """of the last epoch, top-1 in percent; null: it diverged"""
+    best_accuracy: float | None
     """best of the evaluated epochs: chosen on the evaluation split, so never the headline"""
     evaluated_on: str
     """test, or validation: a part of the training subset"""
@@ -89,6 +91,16 @@ class RunResult:
     """of this run, outside `seconds`"""
     checkpoint_seconds: float | None = None
     """writing resume states, outside `seconds`"""
+    diverged: str | None = None
+    """when and how, such as "epoch 12: transfer loss inf"; such a run has no accuracy and no weights"""
+    title: str = ""
+    """display name of the method, such as KD+VID"""
+    colour: str = ""
+    """of the method in plots"""
+    date: str = ""
+    """ISO 8601, UTC"""
+    command: str = ""
+    """the command line that makes this run again"""
     peak_memory: int | None = None
     """bytes, so far: of tensors on a GPU, of the whole process on a CPU"""
 
@@ -204,7 +216,7 @@ def _parse(entry: dict) -> RunResult:
     result = RunResult(**{**entry, "history": [Evaluation(**point) for point in entry["history"]]})
     for part in (result, *result.history):
         check_types(part)
-    if not result.history or result.evaluated_on not in ("test", "validation"):
+    if not (result.history or result.diverged) or result.evaluated_on not in ("test", "validation"):
         raise ValueError("no learning curve, or none on a known split")
     return result
 

@@ -1,97 +1,78 @@
-"""SIGINT and SIGTERM: a step is finished and saved first; what loses nothing is left at once.
+"""Signals: the first one lets the training finish its step and save, the second one ends the process at once.
 
-Outside of training a signal raises KeyboardInterrupt where the process is; every file that matters is written whole or not at all.
+SIGTERM and SIGHUP are treated like SIGINT. Outside of training a signal raises KeyboardInterrupt immediately; every file that
+matters is written whole or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 20  # seconds from a signal to the end of a rank that cannot answer it; torchrun kills after 30
+NUMBERS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+_STDERR = 2
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where SIGINT would raise KeyboardInterrupt."""
+    """KeyboardInterrupt raised by a signal other than SIGINT."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 class Stop:
-    """Whether somebody has asked to end, and by which signal."""
+    """True after a signal asked the training to stop. number: that signal."""
 
     def __init__(self) -> None:
-        self.number: int | None = None  # no lock: a second signal may come while the first is handled
+        self.number: int | None = None
 
     def __bool__(self) -> bool:
         return self.number is not None
 
 
-_at_once = False
-
-
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Inside, also while training, a signal raises KeyboardInterrupt: for minutes of work that changes nothing."""
-    global _at_once
-    before, _at_once = _at_once, True
-    try:
-        yield
-    finally:
-        _at_once = before
-
-
-@contextmanager
-def stop_on_signal(among_ranks: bool) -> Iterator[Stop]:
-    """A Stop that SIGINT and SIGTERM set; the handlers do nothing else, so no save is torn. Outside the main thread: never set.
-
-    Among several ranks one that hangs on a lost peer never comes to look. After GRACE seconds it ends all the same.
-    """
+def stop_on_signal() -> Iterator[Stop]:
+    """Yield a Stop that the first signal sets; the second one raises KeyboardInterrupt. Outside the main thread: never set."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    end = threading.Timer(GRACE, _end_now)
-    end.daemon = True
 
     def on_signal(number: int, _) -> None:
-        first, stop.number = not stop, number
-        if among_ranks and first:
-            end.start()
-        if _at_once:
-            _leave(number)
+        if stop:
+            _raise(number)
+        stop.number = number
+        with contextlib.suppress(OSError):  # print() is not safe in a signal handler
+            os.write(
+                _STDERR, b"\nfastvid: stopping after this step; a second signal ends the process at once\n"
+            )
 
     previous = {number: signal.signal(number, on_signal) for number in NUMBERS}
     try:
         yield stop
     finally:
-        end.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def raise_on_sigterm() -> None:
-    """SIGTERM is to SIGINT's KeyboardInterrupt what 143 is to 130. Outside the main thread: nothing."""
+def raise_on_signal() -> None:
+    """Let SIGTERM and SIGHUP raise Terminated, as SIGINT raises KeyboardInterrupt. A signal that is ignored (nohup) stays so."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: _leave(number))
+        for number in NUMBERS[1:]:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, _: _raise(number))
 
 
 def ignore() -> None:
-    """From now on, for a process that ends anyway."""
+    """Ignore further signals: the process is exiting."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _leave(number: int) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-
-def _end_now() -> None:
-    print(
-        "fastvid: the other ranks did not answer: start the same command again, it goes on from the last checkpoint",
-        file=sys.stderr,
-    )
-    os._exit(1)
+def _raise(number: int) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)

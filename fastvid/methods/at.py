@@ -40,6 +40,8 @@ class ATLoss(nn.Module):
 class AttentionTransfer(Transfer):
     """β · ATLoss of the three groups."""
 
+    title, colour = "AT", "#E69F00"
+
     def __init__(self, options: ATOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.loss = ATLoss(factor=options.weight)

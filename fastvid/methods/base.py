@@ -1,4 +1,4 @@
-"""What a distillation method is made of: Transfer terms, and the Method that adds them to the cross entropy."""
+"""A distillation method is the cross entropy plus any number of Transfer terms."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from fastvid.wresnet import Activations
 
 
 class Terms(NamedTuple):
-    """The two halves of a training loss, scalars: what the labels ask for, and what the teacher asks for (0 without one)."""
+    """The two parts of a training loss, scalars: from the labels, and from the teacher (0 without one)."""
 
     task: Tensor
     transfer: Tensor
 
 
+def as_taps(value):
+    """A list with one entry per tap: a single map or number becomes a list of one."""
+    return [value] if isinstance(value, (Tensor, int)) else value
+
+
 def in_layout_of(student_map: Tensor, output: Tensor) -> Tensor:
-    """The output of a regressor, channels-last where its input is. It is already, but where a single channel left the layout open."""
+    """The output of a regressor, channels-last where its input is. A single channel alone would leave the layout open."""
     if student_map.is_contiguous(memory_format=torch.channels_last):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
@@ -35,20 +40,27 @@ class Transfer(nn.Module):
     `tap_channels`. It owns its regressors and registers every parameter.
     """
 
+    title, colour = "", ""
+    """Name and colour in tables and plots. Without a title it is the method's name in capitals."""
+
     task_weight = 1.0
-    """Factor on the cross entropy while this term is in the loss."""
+    """Factor on the cross entropy while this term is part of the loss."""
     alone = False
-    """Whether this term is now the whole loss: no cross entropy and no other term, so what they alone would train stands still."""
+    """Whether this term is the whole loss now: no cross entropy and no other term, so layers that only they train are frozen."""
     over = False
     """Whether this term has left the loss."""
-    staged = False
-    """Whether begin_epoch ever changes `alone` or `over`."""
+    has_regressors = False
+    """Whether `predictions` returns something."""
 
     def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def begin_epoch(self, progress: float) -> None:
-        """Called before each epoch with the share of the training that is done, for terms that change with it."""
+        """Called before each epoch with the share of the training that is done."""
+
+    def predictions(self, student: Activations, teacher: Activations) -> dict[str, tuple[Tensor, Tensor]]:
+        """{tap: (prediction of the teacher map, teacher map)} of every regressor; {} for terms without."""
+        return {}
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """Parameters that weight decay must leave alone."""
@@ -58,35 +70,25 @@ class Transfer(nn.Module):
         """Learned variances per tap, [C] each; empty for methods without."""
         return {}
 
-    def least_variances(self) -> dict[str, float]:
-        """Their floor per tap."""
-        return {}
-
 
 class Method(nn.Module):
-    """Cross entropy plus any number of transfer terms: `method(student, teacher, labels)` -> Terms."""
+    """Cross entropy plus any number of transfer terms: `method(student, teacher_activations, labels)` -> Terms."""
 
     def __init__(self, transfers: dict[str, Transfer]):
         super().__init__()
         self.transfers = nn.ModuleDict(transfers)
 
     def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
-        task, *values = self.parts(student, teacher, labels).values()
-        return Terms(task, reduce(add, values) if values else torch.zeros_like(task))
-
-    def parts(self, student: Activations, teacher: Activations | None, labels: Tensor) -> dict[str, Tensor]:
-        """What the loss is the sum of, by name: the cross entropy first, then each term at each of its taps."""
-        terms = {name: term for name, term in self.transfers.items() if not term.over}
-        alone = {name: term for name, term in terms.items() if term.alone}
-        if alone:  # without a gradient nothing decays either
+        terms = [term for term in self.transfers.values() if not term.over]
+        alone = [term for term in terms if term.alone]
+        if alone:  # without a gradient there is no weight decay either
             task = labels.new_zeros((), dtype=torch.float32)
         else:
             task = F.cross_entropy(student.logits.float(), labels)
-        weight = math.prod([term.task_weight for term in terms.values()])
-        parts = {"cross entropy": task if weight == 1 else weight * task}
-        for name, term in (alone or terms).items():
-            parts |= {f"{name} at {tap}": value for tap, value in term(student, teacher).items()}
-        return parts
+        weight = math.prod([term.task_weight for term in terms])
+        task = task if weight == 1 else weight * task
+        losses = [loss for term in alone or terms for loss in term(student, teacher).values()]
+        return Terms(task, reduce(add, losses) if losses else torch.zeros_like(task))
 
     def begin_epoch(self, progress: float) -> None:
         for term in self.transfers.values():
@@ -102,11 +104,26 @@ class Method(nn.Module):
     def variances(self) -> dict[str, Tensor]:
         return {tap: values for term in self.transfers.values() for tap, values in term.variances().items()}
 
-    def variances_at_their_floor(self) -> dict[str, int]:
-        """How many channels of each tap have a variance below twice the least one, where there are any."""
-        counts = {
-            tap: int((values < 2 * term.least_variances()[tap]).sum())
-            for term in self.transfers.values()
-            for tap, values in term.variances().items()
+    def information(self, student: Activations, teacher: Activations) -> dict[str, tuple[float, float]]:
+        """{"vid at stem": (explained variance, nats per element)} of every regressor. Synchronises."""
+        return {
+            f"{name} at {tap}": information(prediction.float(), target.float())
+            for name, term in self.transfers.items()
+            for tap, (prediction, target) in term.predictions(student, teacher).items()
         }
-        return {tap: count for tap, count in counts.items() if count}
+
+
+def information(prediction: Tensor, target: Tensor) -> tuple[float, float]:
+    """How much a prediction tells about its target, both [B, C, H, W]: (explained variance, nats per element).
+
+        1 - Σ_c S_c / Σ_c M·Var_c      and      mean over c of ½·log(Var_c / (S_c / M)),     S_c = Σ_m (prediction - target)²
+
+    The second is the lower bound of the mutual information that VID maximises (Ahn et al., CVPR 2019), at the best Gaussian of
+    each channel. Both are 0 for the best constant and negative for anything worse. A channel of constants is left out.
+    """
+    residual = (prediction - target).square().mean(dim=(0, 2, 3))
+    variance = target.var(dim=(0, 2, 3), unbiased=False)
+    varying = variance > 1e-12
+    residual, variance = residual[varying], variance[varying]
+    explained = 1 - residual.sum() / variance.sum()
+    return float(explained), float(0.5 * (variance / residual.clamp(min=1e-12)).log().mean())

@@ -1,67 +1,108 @@
-"""FitNet (Romero et al., ICLR 2015): the student's map, through a regressor, shall equal the teacher's hint.
+"""FitNet (Romero et al., ICLR 2015): the student's maps, through regressors, imitate hints of the teacher.
 
-Joint, as RepDistiller trains it: CE + weight·MSE. Two-stage, as the paper does: the hint alone first, while the layers above it
-stand still, then everything but the hint (CE, or with kd+fitnet the softened logits too), in one learning-rate schedule.
+Joint, as RepDistiller trains it: CE + weight·Σ over taps of MSE. Two-stage, as in the paper: the hints alone first, while the
+layers above them are frozen, then everything but the hints (CE, or with kd+fitnet also the softened logits), in one
+learning-rate schedule.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
 from fastvid.kernels import checks, mean_squared_error
-from fastvid.methods.base import Transfer, in_layout_of
+from fastvid.methods.base import Transfer, as_taps, in_layout_of
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
 class FitNetLoss(nn.Module):
-    """Mean squared error between a teacher map and a 1x1 convolution with batch norm and ReLU of the student map.
+    """Sum over taps of the mean squared error between a teacher map and a 1x1 convolution, batch norm and ReLU of a student map.
 
-    student_channels, teacher_channels: of maps [B, C, H, W] that agree in B, H and W. The teacher map is one after a ReLU:
-    a regressor that ends in a ReLU cannot reach negative values. Returns a scalar, fp32.
-    factor, impl: as in fastvid.kernels.vid_nll.  Raises ValueError on shapes that do not fit.
+    student_channels, teacher_channels: one number per tap, or a number each for a single pair of maps; maps are [B, C, H, W]
+    and agree in B, H and W. Teacher maps are those after a ReLU: the regressor ends in one and cannot reach negative values.
+    factor, impl: as in fastvid.kernels.vid_nll.  Returns a scalar, fp32.  Raises ValueError on shapes that do not fit.
     """
 
     def __init__(
-        self, student_channels: int, teacher_channels: int, *, factor: float = 1.0, impl: str = "auto"
+        self,
+        student_channels: Sequence[int] | int,
+        teacher_channels: Sequence[int] | int,
+        *,
+        factor: float = 1.0,
+        impl: str = "auto",
     ):
         super().__init__()
+        student_channels, teacher_channels = as_taps(student_channels), as_taps(teacher_channels)
         checks.implementation("FitNetLoss", impl)
+        checks.pairs("FitNetLoss", student_channels=student_channels, teacher_channels=teacher_channels)
         self.factor, self.impl = factor, impl
-        self.regressor = nn.Sequential(
-            nn.Conv2d(student_channels, teacher_channels, 1, bias=False),
-            nn.BatchNorm2d(teacher_channels),
-            nn.ReLU(inplace=True),
+        self.regressors = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(s, t, 1, bias=False), nn.BatchNorm2d(t), nn.ReLU(inplace=True))
+            for s, t in zip(student_channels, teacher_channels)
         )
 
-    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        convolution = self.regressor[0]
-        checks.tap(
-            "FitNetLoss",
-            self.impl,
-            student_map=(student_map, convolution.in_channels),
-            teacher_map=(teacher_map, convolution.out_channels),
-        )
-        prediction = in_layout_of(student_map, self.regressor(student_map))
-        return mean_squared_error(prediction, teacher_map, factor=self.factor, impl=self.impl)
+    def forward(
+        self, student_maps: Sequence[Tensor] | Tensor, teacher_maps: Sequence[Tensor] | Tensor
+    ) -> Tensor:
+        return reduce(add, self.per_tap(student_maps, teacher_maps))
+
+    def per_tap(
+        self, student_maps: Sequence[Tensor] | Tensor, teacher_maps: Sequence[Tensor] | Tensor
+    ) -> list[Tensor]:
+        """The loss of each tap, fp32 scalars."""
+        student_maps, teacher_maps = as_taps(student_maps), as_taps(teacher_maps)
+        count = len(self.regressors)
+        checks.pairs("FitNetLoss", count=count, student_maps=student_maps, teacher_maps=teacher_maps)
+        losses = []
+        for index, (regressor, student_map, target) in enumerate(
+            zip(self.regressors, student_maps, teacher_maps)
+        ):
+            maps = {
+                f"student_maps[{index}]": (student_map, regressor[0].in_channels),
+                f"teacher_maps[{index}]": (target, regressor[0].out_channels),
+            }
+            checks.tap("FitNetLoss", self.impl, **maps)
+            prediction = in_layout_of(student_map, regressor(student_map))
+            losses.append(mean_squared_error(prediction, target, factor=self.factor, impl=self.impl))
+        return losses
+
+    def predictions(self, student_maps: Sequence[Tensor]) -> list[Tensor]:
+        """What the regressors make of the student's maps."""
+        return [regressor(student_map) for regressor, student_map in zip(self.regressors, student_maps)]
 
 
 class Hint(Transfer):
-    """weight · FitNetLoss at one tap."""
+    """weight · FitNetLoss at the taps of the options."""
+
+    title, colour = "FitNet", "#009E73"
+    has_regressors = True
 
     def __init__(self, options: FitNetOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
-        self.tap = TAPS.index(options.tap)
+        self._names = TAPS if options.tap == ("all",) else options.tap
+        self._taps = [TAPS.index(tap) for tap in self._names]
         self.loss = FitNetLoss(
-            student.tap_channels[self.tap], teacher.tap_channels[self.tap], factor=options.weight
+            [student.tap_channels[tap] for tap in self._taps],
+            [teacher.tap_channels[tap] for tap in self._taps],
+            factor=options.weight,
         )
-        self.options = options
-        self.staged = options.schedule == "two-stage"
+        self._options = options
 
     def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
-        return {TAPS[self.tap]: self.loss(student.activated[self.tap], teacher.activated[self.tap])}
+        return dict(zip(self._names, self.loss.per_tap(*self._maps(student, teacher))))
+
+    def predictions(self, student: Activations, teacher: Activations) -> dict[str, tuple[Tensor, Tensor]]:
+        student_maps, teacher_maps = self._maps(student, teacher)
+        return dict(zip(self._names, zip(self.loss.predictions(student_maps), teacher_maps)))
+
+    def _maps(self, student: Activations, teacher: Activations) -> tuple[list[Tensor], list[Tensor]]:
+        return [student.activated[tap] for tap in self._taps], [teacher.activated[tap] for tap in self._taps]
 
     def begin_epoch(self, progress: float) -> None:
-        if self.staged:
-            self.alone = progress < self.options.hint_share
+        if self._options.schedule == "two-stage":
+            self.alone = progress < self._options.hint_share
             self.over = not self.alone

@@ -32,6 +32,8 @@ class KDLoss(nn.Module):
 class SoftenedLogits(Transfer):
     """α · KDLoss; the cross entropy keeps 1 - α."""
 
+    title, colour = "KD", "#56B4E9"
+
     def __init__(self, options: KDOptions, student: WideResNet, teacher: WideResNet):
         super().__init__()
         self.loss, self.task_weight = KDLoss(options.temperature, factor=options.alpha), 1 - options.alpha
