@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -35,9 +36,14 @@ class NetworkAndMethod(nn.Module):
 
 
 def new_student(
-    name: str, settings: TrainConfig, num_classes: int, teacher: WideResNet | None, device: torch.device
+    name: str,
+    settings: TrainConfig,
+    num_classes: int,
+    teacher: WideResNet | None,
+    device: torch.device,
+    build_method: Callable[..., Method] = build,
 ) -> Student:
-    """A student with fresh weights. They depend on the seed alone, those of its regressors on seed and name: never on its group."""
+    """A student with fresh weights. They depend on the seed, those of its regressors also on the method, and not on its group."""
     (method_name,) = settings.method
     depth, width = settings.student_depth, settings.student_width
     if method_name == "teacher":
@@ -46,7 +52,7 @@ def new_student(
         torch.manual_seed(settings.seed)
         network = WideResNet(depth, width, num_classes)
         torch.manual_seed(settings.seed + zlib.crc32(method_name.encode()))
-        method = build(method_name, settings, network, teacher)
+        method = build_method(method_name, settings, network, teacher)
     return Student(name, network, method, settings, device)
 
 
@@ -136,6 +142,7 @@ class Student:
 
     def set_learning_rate(self, value: float) -> None:
         self.learning_rate.fill_(value)
+        self.method.set_learning_rate(value)
 
     def losses(self, images: int) -> tuple[float, float]:
         """Mean task and transfer loss of an epoch of `images` images. Synchronises."""

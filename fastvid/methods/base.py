@@ -58,6 +58,9 @@ class Transfer(nn.Module):
     def begin_epoch(self, progress: float) -> None:
         """Called before each epoch with the share of the training that is done."""
 
+    def set_learning_rate(self, value: float) -> None:
+        """Called whenever the learning rate changes."""
+
     def predictions(self, student: Activations, teacher: Activations) -> dict[str, tuple[Tensor, Tensor]]:
         """{tap: (prediction of the teacher map, teacher map)} of every regressor; {} for terms without."""
         return {}
@@ -93,6 +96,10 @@ class Method(nn.Module):
     def begin_epoch(self, progress: float) -> None:
         for term in self.transfers.values():
             term.begin_epoch(progress)
+
+    def set_learning_rate(self, value: float) -> None:
+        for term in self.transfers.values():
+            term.set_learning_rate(value)
 
     def phase(self) -> tuple[tuple[bool, bool], ...]:
         """What begin_epoch has changed: equal phases compute the same."""

@@ -1,14 +1,23 @@
 """Variational information distillation (Ahn et al., CVPR 2019): CE + λ·Σ over taps of -log q(teacher map | student map).
 
-q is a Gaussian; a regressor of the student map gives its mean, and one learned variance per channel its spread, so that
+q is a Gaussian. A regressor of the student map gives its mean, and one learned variance per channel its spread, so that
 channels which the student cannot predict weigh less.
+
+Why the variances have a floor. The last layer of a regressor computes the mean from K hidden units h = ReLU(BN(.)). With
+h̃ = (h, 1) the loss has the curvature λ/(C·v)·E[h̃h̃ᵀ] in the weights of one of the C channels. At unit scale E[h] = 0.4 and
+E[h²] = 0.5, so the common direction of all units has the eigenvalue 0.16·K + 1.3. SGD with Nesterov momentum m is stable for
+curvatures below 2(1 + m)/(1 + 2m)/η, which is at least 4/(3η). A step is therefore stable as long as
+
+    v >= λ·η·(0.12·K + 1)/C        (least_variance)
+
+So each variance is softplus(raw_scale) plus that bound at the current learning rate η: it can fall as far as η has fallen.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -19,194 +28,231 @@ from torch import Tensor, nn
 
 from fastvid.config import VIDOptions
 from fastvid.kernels import checks, projected_vid_nll
-from fastvid.methods.base import Transfer, in_layout_of
+from fastvid.methods.base import Transfer, as_taps, in_layout_of
 from fastvid.wresnet import TAPS, Activations, WideResNet
+
+EPS = 1e-5
+"""Least variance of all, at any learning rate."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything in which published versions of VID differ."""
+    """Everything in which versions of VID differ."""
 
     taps: tuple[str, ...]
     """which maps are matched"""
     activated: bool
     """the maps after batch norm and ReLU, or the residual sums before"""
-    hidden_multiples: tuple[int, ...]
-    """channels of the regressor's hidden layers, in multiples of the teacher's channels"""
+    hidden_widths: Callable[[int, int], tuple[int, ...]]
+    """widths of the regressor's hidden layers, from the channels of student and teacher"""
+    norm_first: bool
+    """batch norm and ReLU before the first convolution"""
     batch_norm: bool
-    """batch norm after the hidden convolutions, and a bias in the last"""
-    eps: float
-    """least variance"""
-    floor: float
-    """least variance of a map of C channels is floor / C, if that is more than eps: see least_variance"""
+    """batch norm after each hidden convolution, without scale and shift: they stay at unit scale, and no unit can die"""
+    bias: bool
+    """bias in the last convolution"""
     initial_variance: float
-    """of every channel, or twice the least where the least is more"""
-    decayed_scale: bool
+    """first variance of every channel, above its floor"""
+    decayed_scale: bool = False
     """weight decay on the variance parameters too"""
+    floor: bool = True
+    """whether variances stay above least_variance"""
+    learned: bool = True
+    """whether the variances are trained; else they keep their first value above the floor"""
 
 
 VARIANTS = {
-    # Not known to us from the paper, and so our choice: the exact place of the taps, the least and the first variances, no decay on them.
-    # The variances were chosen on held-out training images (bench/results).
+    # Ours: the paper does not state the exact place of the taps, the first variances, or weight decay on them. Chosen on
+    # held-out training images (bench/results/README.md).
     "paper": Variant(
-        TAPS,
-        activated=True,
-        hidden_multiples=(2, 2),
-        batch_norm=True,
-        eps=1e-5,
-        floor=1.0,
-        initial_variance=0.3,
-        decayed_scale=False,
-    ),
-    # RepDistiller's, from the authors' code.
-    "repdistiller": Variant(
-        TAPS[1:],
+        taps=TAPS,
         activated=False,
-        hidden_multiples=(1, 1),
+        hidden_widths=lambda s, t: (2 * t,),
+        norm_first=False,
+        batch_norm=True,
+        bias=True,
+        initial_variance=0.3,
+    ),
+    # hushell/wgan_distil, a repository of one of the authors: its regressor, taps and first variance.
+    "authors": Variant(
+        taps=TAPS,
+        activated=False,
+        hidden_widths=lambda s, t: (2 * (s + t),),
+        norm_first=True,
+        batch_norm=True,
+        bias=False,
+        initial_variance=math.log(2),
+    ),
+    # RepDistiller, whose VID is "code from author": its regressor, taps, first variance and decay; it has no floor.
+    "repdistiller": Variant(
+        taps=TAPS[1:],
+        activated=False,
+        hidden_widths=lambda s, t: (t, t),
+        norm_first=False,
         batch_norm=False,
-        eps=1e-5,
-        floor=0.0,
-        initial_variance=5.0,
+        bias=False,
+        initial_variance=5.0 - EPS,
         decayed_scale=True,
+        floor=False,
     ),
 }
 
 
-def least_variance(variant: Variant, channels: int) -> float:
-    """Of a tap whose teacher map has so many channels.
-
-    The loss λ·(t - μ)²/2v, a mean over C channels, has the curvature λ/(v·C) in the last bias of the regressor, and with Nesterov momentum
-    m and learning rate η a step is stable only for curvatures below 2(1 + m)/(1 + 2m)/η. For λ = 10, η = 0.1, m = 0.9 that is v > 0.74/C.
-    Without a floor above it, the stem's regressor ended worse than a constant on CIFAR-10: variances of up to tens, for a map whose own
-    are below 0.15.
-    """
-    return max(variant.eps, variant.floor / channels)
+def least_variance(factor: float, learning_rate: float, hidden: int, channels: int) -> float:
+    """The floor of the variances of a tap with these numbers of hidden units and teacher channels: see the top of this file."""
+    return factor * learning_rate * (0.12 * hidden + 1) / channels
 
 
 class VIDLoss(nn.Module):
     """Sum over taps of the negative log-likelihood of teacher maps given student maps; holds regressors and variances.
 
-    student_channels, teacher_channels: one number per tap, of maps [B, C, H, W] that agree in B, H and W.
-    variant: a key of VARIANTS, for the regressor, the least and the initial variance.
-    factor, impl: as in fastvid.kernels.projected_vid_nll, which says what runs in one kernel.
-    Returns a scalar, fp32.
-    Optimise its parameters together with the student's.
+    student_channels, teacher_channels: one number per tap, or a number each for a single pair of maps; maps are [B, C, H, W]
+    and agree in B, H and W.
+    variant: a key of VARIANTS, or a Variant: the regressor, the first variance and its floor.
+    factor: the weight λ of the loss. Give it here: the floor of the variances depends on it.
+    learning_rate: of the SGD that trains this module together with the student, at its largest. The module is stable up to it;
+    call `set_learning_rate(value)` after each change of the rate, so that variances may fall as the rate does.
+    impl: as in fastvid.kernels.projected_vid_nll, which says what runs in one kernel.
+    Returns a scalar, fp32.  Raises ValueError on shapes that do not fit.
     """
 
     def __init__(
         self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
+        student_channels: Sequence[int] | int,
+        teacher_channels: Sequence[int] | int,
         *,
-        variant: str = VIDOptions.variant,
+        variant: str | Variant = VIDOptions.variant,
         factor: float = 1.0,
+        learning_rate: float = 0.1,
         impl: str = "auto",
     ):
         super().__init__()
-        if variant not in VARIANTS:
+        student_channels, teacher_channels = as_taps(student_channels), as_taps(teacher_channels)
+        if not isinstance(variant, Variant) and variant not in VARIANTS:
             raise ValueError(f"VIDLoss has no variant {variant!r}: choose from {', '.join(VARIANTS)}")
         checks.implementation("VIDLoss", impl)
         checks.pairs("VIDLoss", student_channels=student_channels, teacher_channels=teacher_channels)
-        chosen = VARIANTS[variant]
+        chosen = variant if isinstance(variant, Variant) else VARIANTS[variant]
         self.factor, self.impl = factor, impl
-        self.least_variances = [least_variance(chosen, t) for t in teacher_channels]
         self.regressors = nn.ModuleList(
-            _Regressor((s, *(t * multiple for multiple in chosen.hidden_multiples)), t, chosen.batch_norm)
-            for s, t in zip(student_channels, teacher_channels)
+            _Regressor(s, t, chosen) for s, t in zip(student_channels, teacher_channels)
         )
-        initial = [
-            chosen.initial_variance if chosen.initial_variance > least else 2 * least
-            for least in self.least_variances
+        self._slopes = [  # of the floor over the learning rate
+            least_variance(factor, 1.0, regressor.last.in_channels, t) if chosen.floor else 0.0
+            for regressor, t in zip(self.regressors, teacher_channels)
         ]
-        raw = [
-            math.log(math.expm1(first - least)) for first, least in zip(initial, self.least_variances)
-        ]  # the inverse of softplus
+        # a buffer: graphs read it when they are replayed, and it belongs to the schedule, not to the weights
+        self.register_buffer("learning_rate", torch.tensor(float(learning_rate)), persistent=False)
+        raw = math.log(math.expm1(chosen.initial_variance))  # the inverse of softplus
         self.raw_scales = nn.ParameterList(
-            nn.Parameter(torch.full((t,), value)) for t, value in zip(teacher_channels, raw)
+            nn.Parameter(torch.full((channels,), raw), requires_grad=chosen.learned)
+            for channels in teacher_channels
         )
 
-    def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    def set_learning_rate(self, value: float) -> None:
+        """Tell the module the current learning rate of its optimizer. Does not synchronise."""
+        self.learning_rate.fill_(value)
+
+    def forward(
+        self, student_maps: Sequence[Tensor] | Tensor, teacher_maps: Sequence[Tensor] | Tensor
+    ) -> Tensor:
         return reduce(add, self.per_tap(student_maps, teacher_maps))
 
-    def per_tap(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[Tensor]:
+    def per_tap(
+        self, student_maps: Sequence[Tensor] | Tensor, teacher_maps: Sequence[Tensor] | Tensor
+    ) -> list[Tensor]:
         """The loss of each tap, fp32 scalars."""
-        checks.pairs(
-            "VIDLoss", count=len(self.regressors), student_maps=student_maps, teacher_maps=teacher_maps
-        )
-        return list(map(self._tap, range(len(self.regressors)), student_maps, teacher_maps))
+        student_maps, teacher_maps = as_taps(student_maps), as_taps(teacher_maps)
+        count = len(self.regressors)
+        checks.pairs("VIDLoss", count=count, student_maps=student_maps, teacher_maps=teacher_maps)
+        return list(map(self._tap, range(count), student_maps, teacher_maps))
 
     def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         regressor = self.regressors[index]
-        checks.tap(
-            "VIDLoss",
-            self.impl,
-            **{
-                f"student_maps[{index}]": (student_map, regressor.in_channels),
-                f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels),
-            },
-        )
+        maps = {
+            f"student_maps[{index}]": (student_map, regressor.in_channels),
+            f"teacher_maps[{index}]": (teacher_map, regressor.last.out_channels),
+        }
+        checks.tap("VIDLoss", self.impl, **maps)
         hidden = in_layout_of(student_map, regressor.hidden(student_map))
+        scale = inverse_softplus(self._variance(index) - EPS)
+        weight, bias = regressor.last.weight, regressor.last.bias
         return projected_vid_nll(
-            hidden,
-            regressor.last.weight,
-            regressor.last.bias,
-            teacher_map,
-            self.raw_scales[index],
-            eps=self.least_variances[index],
-            factor=self.factor,
-            impl=self.impl,
+            hidden, weight, bias, teacher_map, scale, eps=EPS, factor=self.factor, impl=self.impl
         )
 
+    def _variance(self, index: int) -> Tensor:
+        return F.softplus(self.raw_scales[index]) + (self._slopes[index] * self.learning_rate + EPS)
+
     def variances(self) -> list[Tensor]:
-        """The learned variance of each channel, [C] per tap, detached."""
+        """The variance of each channel, [C] per tap, detached."""
+        return [self._variance(index).detach() for index in range(len(self.regressors))]
+
+    def predictions(self, student_maps: Sequence[Tensor]) -> list[Tensor]:
+        """The means that the regressors predict from the student's maps."""
         return [
-            F.softplus(raw_scale.detach()) + least
-            for raw_scale, least in zip(self.raw_scales, self.least_variances)
+            regressor.last(regressor.hidden(student_map))
+            for regressor, student_map in zip(self.regressors, student_maps)
         ]
 
 
-class _Regressor(nn.Module):
-    """1x1 convolutions from one width to the next. The last is applied inside projected_vid_nll, which never needs to store the mean."""
+def inverse_softplus(value: Tensor) -> Tensor:
+    """x with softplus(x) = value > 0, without overflow for large values."""
+    return value + torch.log(-torch.expm1(-value))
 
-    def __init__(self, widths: Sequence[int], out_channels: int, batch_norm: bool):
+
+class _Regressor(nn.Module):
+    """1x1 convolutions from student to teacher channels. projected_vid_nll applies the last one and never stores the mean."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, variant: Variant):
         super().__init__()
-        self.in_channels = widths[0]
-        layers = []
+        self.in_channels = student_channels
+        widths = (student_channels, *variant.hidden_widths(student_channels, teacher_channels))
+        layers = [nn.BatchNorm2d(student_channels), nn.ReLU()] if variant.norm_first else []
         for before, after in itertools.pairwise(widths):
             layers.append(nn.Conv2d(before, after, 1, bias=False))
-            if batch_norm:
-                layers.append(nn.BatchNorm2d(after))
+            if variant.batch_norm:
+                layers.append(nn.BatchNorm2d(after, affine=False))
             layers.append(nn.ReLU(inplace=True))
         self.hidden = nn.Sequential(*layers)
-        self.last = nn.Conv2d(widths[-1], out_channels, 1, bias=batch_norm)
+        self.last = nn.Conv2d(widths[-1], teacher_channels, 1, bias=variant.bias)
 
 
 class VariationalInformation(Transfer):
-    """λ · VIDLoss at the variant's taps."""
+    """λ · VIDLoss at the taps of the variant."""
 
-    def __init__(self, options: VIDOptions, student: WideResNet, teacher: WideResNet):
+    title, colour = "VID", "#D55E00"
+    has_regressors = True
+
+    def __init__(
+        self, options: VIDOptions, student: WideResNet, teacher: WideResNet, variant: Variant | None = None
+    ):
         super().__init__()
-        self.variant = VARIANTS[options.variant]
+        self.variant = variant or VARIANTS[options.variant]
         self._taps = [TAPS.index(tap) for tap in self.variant.taps]
         self.loss = VIDLoss(
-            [student.tap_channels[i] for i in self._taps],
-            [teacher.tap_channels[i] for i in self._taps],
-            variant=options.variant,
+            [student.tap_channels[tap] for tap in self._taps],
+            [teacher.tap_channels[tap] for tap in self._taps],
+            variant=self.variant,
             factor=options.resolved().weight,
         )
 
     def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
         return dict(zip(self.variant.taps, self.loss.per_tap(self._maps(student), self._maps(teacher))))
 
+    def predictions(self, student: Activations, teacher: Activations) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = zip(self.loss.predictions(self._maps(student)), self._maps(teacher))
+        return dict(zip(self.variant.taps, pairs))
+
     def _maps(self, activations: Activations) -> list[Tensor]:
         source = activations.activated if self.variant.activated else activations.stages
-        return [source[i] for i in self._taps]
+        return [source[tap] for tap in self._taps]
+
+    def set_learning_rate(self, value: float) -> None:
+        self.loss.set_learning_rate(value)
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         return [] if self.variant.decayed_scale else list(self.loss.raw_scales)
 
     def variances(self) -> dict[str, Tensor]:
         return dict(zip(self.variant.taps, self.loss.variances()))
-
-    def least_variances(self) -> dict[str, float]:
-        return dict(zip(self.variant.taps, self.loss.least_variances))
