@@ -1,12 +1,12 @@
 """Variants of the methods side by side, from one teacher forward: the search for weights, and what VID is made of.
 
     python bench/variants.py search --data DIR --teacher FILE --out DIR       on held-out training images
+    python bench/variants.py remedies --data DIR --teacher FILE --out DIR     likewise, shorter
     python bench/variants.py ablations --data DIR --teacher FILE --out DIR    on the test split: nothing is chosen by it
-    python bench/variants.py show DIR...                                      what has been measured, as a table
+    python bench/variants.py show DIR...                                      the results as a table
 
-The first 100 images of each class of CIFAR-10, 200 epochs. The search evaluates on the next 400 images of each class of the training split.
-Each variant is a run of fastvid's in a folder of its own, OUT/NAME, with its results.jsonl; where a loss was not finite any more, a file
-OUT/NAME.diverged-seedN says so. The same command goes on where it was stopped.
+The first 100 images of each class of CIFAR-10. search and remedies evaluate on the next 400 images of each class of the training
+split. Each variant has an output folder of its own, OUT/NAME. The same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,194 +20,157 @@ from pathlib import Path
 
 from fastvid import results
 from fastvid.config import TrainConfig
-from fastvid.device import choose_device, tune
-from fastvid.distributed import ALONE
-from fastvid.engine import choose_engine
 from fastvid.errors import InputError, Interrupted
-from fastvid.methods import vid
-from fastvid.plan import BatchPlan
-from fastvid.run import Run, find_finished
-from fastvid.train import load_data, load_teacher, summary, train_side_by_side
+from fastvid.folder import OutputFolder, find_finished
+from fastvid.group import Group, Setup
+from fastvid.methods import Method, build
+from fastvid.methods.vid import VARIANTS, VariationalInformation
+from fastvid.student import Student, new_student
+from fastvid.train import fit, set_up, summary
 from fastvid.wresnet import TAPS
 
-PAPER = vid.VARIANTS["paper"]
-CHANGED = {  # what an ablation changes of the variant "paper"
+CHANGES = {  # of the variant "paper", by name
     **{f"only-{tap}": {"taps": (tap,)} for tap in TAPS},
     "no-stem": {"taps": TAPS[1:]},
-    "residual-sums": {"activated": False},
+    "activated": {"activated": True},
     "no-batch-norm": {"batch_norm": False},
-    "narrow": {"hidden_multiples": (1, 1)},
-    "one-hidden-layer": {"hidden_multiples": (2,)},
-    "linear": {"hidden_multiples": ()},
+    "linear": {"hidden_widths": lambda s, t: ()},
+    "narrow": {"hidden_widths": lambda s, t: (t,)},
+    "two-hidden-layers": {"hidden_widths": lambda s, t: (2 * t, 2 * t)},
     "decayed-variance": {"decayed_scale": True},
-    **{f"fixed-variance-{value}": {"initial_variance": value} for value in (1, 0.3, 0.1)},
-    "fixed-variance-twice-least": {"initial_variance": 0},
-    "initial-variance-5": {"initial_variance": 5},
-    "no-floor": {"floor": 0.0},
+    "from-1": {"initial_variance": 1.0},
+    "from-5": {"initial_variance": 5.0},
+    # fixed variances: FitNet on the same four taps, with the same regressors and optimizer
+    **{
+        f"fixed-{value}": {"initial_variance": value, "learned": False}
+        for value in (3, 1, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+    },
 }
-# what the search tried before it had a floor
-SEARCHED = {f"no-floor-from-{value}": {"floor": 0.0, "initial_variance": value} for value in (5, 1, 0.3)}
 
 
 def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
     """A configuration of `method` for each of these settings of its options, named after them."""
     kind = type(getattr(TrainConfig(), method))
-    return {
-        "-".join(
-            (
-                method,
-                *(value if option == "variant" else f"{option}-{value}" for option, value in chosen.items()),
-            )
-        ): TrainConfig(method=(method,), **{method: kind(**chosen)})
-        for chosen in settings
-    }
+    found = {}
+    for chosen in settings:
+        parts = (
+            f"{option}-{'+'.join(value) if isinstance(value, tuple) else value}" for option, value in chosen.items()
+        )
+        found["-".join((method, *parts))] = TrainConfig(method=(method,), **{method: kind(**chosen)})
+    return found
 
 
+def variants_of_vid(weight: float, *names: str) -> dict[str, TrainConfig]:
+    """VID with this weight and each of these changes of its variant; "" is no change."""
+    (config,) = choices("vid", {"weight": weight}).values()
+    return {f"vid-{name}-weight-{weight:g}".replace("--", "-"): config for name in names}
+
+
+FIXED = tuple(name for name in CHANGES if name.startswith("fixed-"))
 EXPERIMENTS = {
     # Ten choices for each method: a coarse grid, then twice what looked promising after it.
-    "search": {
-        **choices(
-            "kd",
-            *({"alpha": value} for value in (0.5, 0.7, 0.9, 0.97, 1)),
-            *({"temperature": value} for value in (2, 3, 6, 8)),
-            {"alpha": 1, "temperature": 6},
-        ),
-        **choices(
-            "fitnet",
-            *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)),
-            {"tap": "group1", "weight": 1},
-            *({"tap": "group3", "weight": value} for value in (1, 3)),
-            {"schedule": "two-stage", "weight": 1},
-        ),
-        **choices(
-            "at",
-            *({"weight": value} for value in (100, 300, 500, 700, 1000, 1500, 2000, 3000, 10000, 100000)),
-        ),
-        **choices(
-            "vid",
-            *({"variant": "no-floor-from-5", "weight": value} for value in (1, 3, 10, 30)),
-            *({"variant": "no-floor-from-1", "weight": value} for value in (3, 10)),
-            *({"variant": "no-floor-from-0.3", "weight": value} for value in (3, 10)),
-            *({"variant": "paper", "weight": value} for value in (10, 30)),
-        ),
+    "search": choices("kd", *({"alpha": value} for value in (0.5, 0.7, 0.9, 0.97, 1)),
+                      *({"temperature": value} for value in (2, 3, 6, 8)), {"alpha": 1, "temperature": 6})
+    | choices("fitnet", *({"weight": value} for value in (0.3, 1, 3, 10, 100, 1000)),
+              {"tap": ("group1",), "weight": 1}, *({"tap": ("group3",), "weight": value} for value in (1, 3)),
+              {"schedule": "two-stage", "weight": 1})
+    | choices("at", *({"weight": value} for value in (100, 300, 500, 700, 1000, 1500, 2000, 3000, 10000, 100000))),
+    # VID against FitNet on the same taps: ten choices each
+    "vid-or-fitnet": {
+        **variants_of_vid(1, ""), **variants_of_vid(3, ""), **variants_of_vid(10, "", "activated", "from-1"),
+        **variants_of_vid(30, "", "activated", "from-1"), **variants_of_vid(100, "", "activated"),
+        **variants_of_vid(30, *FIXED),
     },
-    "ablations": choices(
-        "vid",
-        *({"variant": name} for name in ("paper", "repdistiller")),
-        *({"weight": value} for value in (1, 3)),
-        *({"variant": name, "weight": 10} for name in CHANGED),
-    ),
+    "ablations": variants_of_vid(30, "", *(name for name in CHANGES if name not in FIXED))
+    | variants_of_vid(1, "") | variants_of_vid(10, "") | variants_of_vid(100, ""),
+}  # fmt: skip
+SETTINGS = {
+    "search": {"per_class": 500, "validation_per_class": 400, "epochs": 200, "evaluations": 4},
+    "vid-or-fitnet": {"per_class": 500, "validation_per_class": 400, "epochs": 50, "evaluations": 4},
+    "ablations": {"per_class": 100, "epochs": 200, "evaluations": 4},
 }
 
 
+def student_of(name: str, config: TrainConfig, setup: Setup) -> Student:
+    """The student of one variant. Its name selects an entry of CHANGES."""
+    changes = CHANGES.get(name.removeprefix("vid-").rpartition("-weight-")[0])
+
+    def build_variant(method: str, settings: TrainConfig, student, teacher) -> Method:
+        if changes is None:
+            return build(method, settings, student, teacher)
+        variant = dataclasses.replace(VARIANTS["paper"], **changes)
+        return Method({"vid": VariationalInformation(settings.vid, student, teacher, variant)})
+
+    num_classes = len(setup.data.train.class_names)
+    return new_student(name, config, num_classes, setup.teacher, setup.device, build_variant)
+
+
 def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> None:
-    """All variants of an experiment, or only those whose names begin so, in one group. shared: settings of all of them, such as seed."""
-    if unknown := [
-        start for start in only if not any(name.startswith(start) for name in EXPERIMENTS[experiment])
-    ]:
-        raise InputError(
-            f"{experiment} has no variant {unknown[0]}...: choose from {', '.join(EXPERIMENTS[experiment])}"
-        )
-    vid.VARIANTS.update(
-        {name: dataclasses.replace(PAPER, **changes) for name, changes in (CHANGED | SEARCHED).items()}
-    )
-    held_out = (
-        {"per_class": 500, "validation_per_class": 400} if experiment == "search" else {"per_class": 100}
-    )
-    shared = {"epochs": 200, "evaluations": 4, **held_out, **shared}
-    base = TrainConfig(**shared).resolved()
-    configs = {
-        name: dataclasses.replace(config, **shared, out=str(out / name)).resolved()
-        for name, config in EXPERIMENTS[experiment].items()
-        if name.startswith(only or "")
-    }
-    device = choose_device(base.device)
-    tune(device)
-    data = load_data(base)
-    teacher, sha256 = load_teacher(dataclasses.replace(base, method=("vid",)), data.train)
-    steps = base.epochs * BatchPlan(len(data.train), base.batch_size, seed=base.seed).steps_per_epoch
-    engine = choose_engine(base.engine, device, steps)
-
-    def waits(name: str) -> bool:
-        """Neither finished nor diverged."""
-        folder = results.open_folder(out / name)
-        return not diverged(folder, base.seed).exists() and not find_finished(
-            configs[name], data, sha256, results.read(folder)[0]
-        )
-
-    while waiting := [name for name in configs if waits(name)]:
-        runs = {name: Run(configs[name], data, teacher, sha256, device, engine) for name in waiting}
-        for name, run in runs.items():
-            if "fixed-variance" in name:
-                run.learner.method.transfers["vid"].loss.raw_scales.requires_grad_(False)
-        position = min(run.position for run in runs.values())
-        group = {name: run for name, run in runs.items() if run.position == position}
-        try:
-            train_side_by_side(list(group.values()), base, data, teacher, device, engine, ALONE)
-        except InputError as error:
-            lost = [name for name, run in group.items() if run.learner.has_failed()]
-            if not lost:
-                raise
-            for name in lost:
-                diverged(out / name, base.seed).write_text(f"{error}\n")
+    """All variants of an experiment, or only those whose names begin so, in one group. shared: settings of all, such as seed."""
+    names = EXPERIMENTS[experiment]
+    if unknown := [start for start in only if not any(name.startswith(start) for name in names)]:
+        raise InputError(f"{experiment} has no variant {unknown[0]}...: choose from {', '.join(names)}")
+    shared = {**SETTINGS[experiment], **shared}
+    folder = OutputFolder(out / ".resume")
+    setup = set_up(TrainConfig(**shared, method=("vid",), out=str(out / ".resume")), folder)
+    configs = {}
+    for name, config in names.items():
+        if not name.startswith(only or ""):
             continue
-        for name, run in group.items():
-            print(f"{name}: {summary(run.finish(None))}", flush=True)
-
-
-def diverged(folder: Path, seed: int) -> Path:
-    """The file beside its folder that says that this variant did not get to its end."""
-    return folder.with_name(f"{folder.name}.diverged-seed{seed}")
+        configs[name] = dataclasses.replace(config, **shared, out=str(out / name)).resolved()
+    folders = {name: OutputFolder(out / name) for name in configs}
+    waiting = [
+        name
+        for name, config in configs.items()
+        if not find_finished(setup._replace(settings=config), results.read(folders[name].path)[0])
+    ]
+    begun = [name for name in folder.saved_students(setup.settings) if name in waiting]
+    for together in filter(None, (begun, [name for name in waiting if name not in begun])):
+        group = Group(setup, [student_of(name, configs[name], setup) for name in together])
+        folder.load(group)
+        fit(group, folder, record_divergence=lambda *found: folders[found[1].name].record_divergence(*found))
+        for student in group.students:
+            print(f"{student.name}: {summary(folders[student.name].finish_student(group, student))}", flush=True)
+        folder.resume_path(setup.settings).unlink(missing_ok=True)
 
 
 def show(folders: list[Path]) -> str:
     """A table in the order of EXPERIMENTS: name, accuracy after the last epoch, mean ± standard deviation and number of runs."""
-    accuracies = defaultdict(list)
+    found = defaultdict(list)
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
-        if path.is_dir():
-            accuracies[path.name] += [run.accuracy for run in results.read(path)[0]]
-        elif ".diverged-seed" in path.name:
-            accuracies[path.name.partition(".diverged-seed")[0]].append(None)
+        if path.is_dir() and not path.name.startswith("."):
+            found[path.name] += results.read(path)[0]
     order = [name for configs in EXPERIMENTS.values() for name in configs]
     rows = ["| variant | accuracy % |", "|---|---:|"]
-    for name in sorted(accuracies, key=lambda name: order.index(name) if name in order else len(order)):
-        values = accuracies[name]
-        reached = [value for value in values if value is not None]
+    for name in sorted(found, key=lambda name: order.index(name) if name in order else len(order)):
+        reached = [run.accuracy for run in found[name] if not run.diverged]
+        lost = len(found[name]) - len(reached)
         spread = f" ± {statistics.stdev(reached):.2f}" if len(reached) > 1 else ""
         told = [f"{statistics.mean(reached):.2f}{spread} ({len(reached)})"] if reached else []
-        told += [f"diverged ({len(values) - len(reached)})"] if len(reached) < len(values) else []
+        told += [f"diverged ({lost})"] if lost else []
         rows.append(f"| {name} | {', '.join(told) or 'not finished'} |")
     return "\n".join(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for experiment in EXPERIMENTS:
         command = commands.add_parser(experiment)
         for option in ("--data", "--teacher", "--out"):
             command.add_argument(option, required=True)
         command.add_argument("--seeds", type=int, default=1)
-        command.add_argument(
-            "--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so"
-        )
+        command.add_argument("--epochs", type=int)
+        command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so")
     commands.add_parser("show").add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args()
     if given.command == "show":
         print(show(given.folders))
         return
+    shared = {"data": given.data, "teacher": given.teacher} | ({"epochs": given.epochs} if given.epochs else {})
     try:
         for seed in range(given.seeds):
-            train(
-                given.command,
-                Path(given.out),
-                tuple(given.only),
-                data=given.data,
-                teacher=given.teacher,
-                seed=seed,
-            )
+            train(given.command, Path(given.out), tuple(given.only), seed=seed, **shared)
     except (InputError, Interrupted) as stopped:
         sys.exit(str(stopped))
 

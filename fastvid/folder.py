@@ -72,7 +72,7 @@ class OutputFolder:
             remedy = f"to train it again, take its line out of {results.FILE}"
         say(f"{weights} {'has changed' if weights.is_file() else 'is gone'}: the result stands; {remedy}")
 
-    def saved_methods(self, settings: TrainConfig) -> list[str]:
+    def saved_students(self, settings: TrainConfig) -> list[str]:
         """The students of the resume state of this group; [] without one."""
         path = self.resume_path(settings)
         return list(self._read(path)["students"]) if path.exists() else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Callable
 from functools import lru_cache
 
 from fastvid import checkpoint, datasets, results, signals
@@ -23,11 +24,12 @@ from fastvid.profiling import profile
 from fastvid.progress import Progress, say
 from fastvid.results import RunResult
 from fastvid.step import GroupStep, choose_engine, evaluate
-from fastvid.student import new_student
+from fastvid.student import Student, new_student
 from fastvid.wresnet import WideResNet
 
 __all__ = ["TrainConfig", "train"]
 
+Recorder = Callable[[Group, Student, str], RunResult]
 load_split = lru_cache(maxsize=2)(
     datasets.load
 )  # a grid trains many groups on the two splits of one data set
@@ -58,7 +60,7 @@ def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
             say(f"{summary(finished[method])}; finished before")
             folder.check_weights(finished[method])
     waiting = [method for method in config.method if method not in finished]
-    begun = [method for method in folder.saved_methods(setup.settings) if method not in finished]
+    begun = [method for method in folder.saved_students(setup.settings) if method not in finished]
     if set(begun) - set(waiting):
         raise InputError(
             f"{folder.resume_path(setup.settings)} holds the interrupted students {', '.join(begun)}: "
@@ -99,11 +101,13 @@ def new_group(setup: Setup, methods: list[str]) -> Group:
     return Group(setup, students)
 
 
-def fit(group: Group, folder: OutputFolder) -> list[RunResult]:
+def fit(group: Group, folder: OutputFolder, record_divergence: Recorder | None = None) -> list[RunResult]:
     """The protocol: shuffled, augmented batches, SGD at a falling rate, evaluations, until the last step.
 
     Returns the results of the students that diverged on the way; those that are left in the group reached the end.
+    record_divergence: (group, student, reason) -> result, writes such a result; by default into `folder`.
     """
+    record_divergence = record_divergence or folder.record_divergence
     setup, clock, diverged = group.setup, group.clock, []
     settings, plan = setup.settings, setup.plan
     batches = train_loader(setup.data.train, plan, backend=settings.loader, device=setup.device)
@@ -124,7 +128,7 @@ def fit(group: Group, folder: OutputFolder) -> list[RunResult]:
                 evaluating = number == 0 and is_evaluated(epoch, settings)
                 stopping, saving = bool(stop), group.step == total_steps or schedule.is_due(group.step)
                 if evaluating or saving or stopping:
-                    diverged += [folder.record_divergence(group, *found) for found in group.remove_diverged()]
+                    diverged += [record_divergence(group, *found) for found in group.remove_diverged()]
                 if evaluating:
                     with clock.part("evaluation"):
                         bar.status(group.evaluate(epoch, stop))
