@@ -64,6 +64,8 @@ def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
             f"{folder.resume_path(setup.settings)} holds the interrupted students {', '.join(begun)}: "
             "give all of them in --method, or delete the file"
         )
+    if not begun:  # a process may have been killed between its last result and the removal
+        folder.resume_path(setup.settings).unlink(missing_ok=True)
     added = [
         method for method in waiting if method not in begun
     ]  # they cannot join a training that has begun
