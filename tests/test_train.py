@@ -32,6 +32,8 @@ from fastvid.wresnet import WideResNet, frozen
 CPU = torch.device("cpu")
 LOST = {"fitnet": FitNetOptions(weight=1e39)}  # infinite in fp32
 RESUME = "5-seed0.resume"
+SLOW_FP16 = pytest.param("fp16", marks=pytest.mark.slow)  # convolutions of a CPU are slow in fp16
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16", SLOW_FP16])
 
 
 @pytest.fixture
@@ -181,8 +183,13 @@ def test_a_command_that_leaves_out_a_student_of_an_interrupted_group_is_refused_
 
 def test_a_resume_file_that_a_kill_left_behind_after_the_last_result_is_removed(tiny, monkeypatch):
     config = tiny("a", "student")
+
+    def finish_and_end(self, one):
+        self.finish_student(one, *one.students)
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "unlink", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(OutputFolder, "finish", finish_and_end)
         train(config)
     assert RESUME in files_in(config) and len(results.read(Path(config.out))[0]) == 1
     added = train(tiny("a", "student", "kd"))
@@ -409,7 +416,7 @@ def test_a_signal_while_the_last_state_is_saved_is_followed_too(tiny, monkeypatc
 
 
 @pytest.mark.survival("numbers")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@PRECISIONS
 def test_a_student_that_diverges_costs_its_own_result_only(tiny, capsys, precision):
     settings = {"precision": precision, "evaluations": 2}
     whole = train(tiny("whole", "student", "vid", **settings))
@@ -448,11 +455,12 @@ def test_the_command_ends_with_status_1_and_names_every_student_that_diverged(tm
 
 
 @pytest.mark.survival("numbers")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@PRECISIONS
 def test_a_group_whose_students_all_diverge_ends_early_and_leaves_their_results_only(tiny, precision):
     config = tiny("a", "student", learning_rate=1e6, epochs=40, evaluations=4, precision=precision)
     (run,) = train(config)
-    assert re.fullmatch(r"epoch \d+: task loss (nan|inf)", run.diverged) and run.steps <= 20 * STEPS
+    assert re.fullmatch(r"epoch \d+: (task loss|a loss or gradient was) (nan|inf|NaN or inf)", run.diverged)
+    assert run.steps < 40 * STEPS
     assert files_in(config) == ["results.jsonl"]
 
 
@@ -480,6 +488,7 @@ def test_an_infinite_gradient_is_found_at_the_next_save_and_the_last_good_state_
     assert [point.epoch for point in run.history] == [1] and run.steps == 2 * STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.survival("numbers")
 def test_gradients_that_fp16_cannot_hold_at_any_scale_count_as_divergence(tiny):
     settings = {"precision": "fp16", "epochs": 20}
@@ -646,7 +655,7 @@ def test_a_method_subset_or_seed_is_added_to_the_finished_ones(tiny):
     runs = [("student", 5, 0), ("vid", 5, 0), ("student", 6, 0), ("student", 5, 1)]
     for method, per_class, seed in runs:
         train(tiny("a", method, per_class=per_class, seed=seed))
-    found, _ = results.read(Path(tiny("a").out))
+    found, _ = results.read(Path(tiny("a", "student").out))
     assert [(run.method, run.per_class, run.seed) for run in found] == runs
 
 
