@@ -100,7 +100,10 @@ class OutputFolder:
         try:
             for student in group.students:
                 _require_same(state["identities"][student.name], identity(student.settings), path, remedy)
-            for what, value in (("data", setup.data.sha256), ("teacher", setup.teacher_sha256)):
+            wanted = {"data": setup.data.sha256, "teacher": setup.teacher_sha256}
+            if not any(student.settings.needs_teacher for student in group.students):
+                del wanted["teacher"]
+            for what, value in wanted.items():
                 if state[f"{what}_sha256"] != value:
                     raise InputError(f"{path} was made with another {what}: {remedy}")
             _require_same(

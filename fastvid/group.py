@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,9 +95,10 @@ class Group:
             tap: _rounded(values.min(), values.median(), values.max())
             for tap, values in student.method.variances().items()
         }
-        information = (
-            {tap: _rounded(*values) for tap, values in student.information(*sample).items()} if sample else {}
-        )
+        found = student.information(*sample) if sample else {}  # NaN where the teacher's map is constant
+        information = {
+            tap: _rounded(*values) for tap, values in found.items() if all(map(math.isfinite, values))
+        }
         return Evaluation(epoch, accuracy, *losses, variances, information)
 
     @torch.no_grad()

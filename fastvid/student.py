@@ -183,13 +183,19 @@ class Student:
 
     def state(self) -> dict:
         """Everything that another process needs to go on with the same bits."""
-        return {**self._named(), "scaler": self.scaler.state_dict(), "loss_sums": self.loss_sums}
+        return {
+            **self._named(),
+            "scaler": self.scaler.state_dict(),
+            "loss_sums": self.loss_sums,
+            "learning_rate": float(self.learning_rate),
+        }
 
     def load_state(self, state: dict) -> None:
         """Copy `state` into the tensors of this student. Raises ValueError when names, shapes or dtypes differ."""
         for part, own in self._named().items():
             _copy_into(own, state[part], part)
         _copy_into({"loss_sums": self.loss_sums}, {"loss_sums": state["loss_sums"]}, "state")
+        self.set_learning_rate(state["learning_rate"])  # an evaluation may come before the next step
         if self.scaler.is_enabled():
             changing = {
                 "scale": float(state["scaler"]["scale"]),

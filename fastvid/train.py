@@ -66,6 +66,8 @@ def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
             f"{folder.resume_path(setup.settings)} holds the interrupted students {', '.join(begun)}: "
             "give all of them in --method, or delete the file"
         )
+    if not begun:  # a process may have been killed between its last result and the removal
+        folder.resume_path(setup.settings).unlink(missing_ok=True)
     added = [
         method for method in waiting if method not in begun
     ]  # they cannot join a training that has begun
@@ -240,7 +242,10 @@ def _teacher_accuracy(setup: Setup, folder: OutputFolder) -> float | None:
     if setup.teacher is None:
         return None
     for result in results.read(folder.path)[0]:
-        if (result.teacher_sha256, result.evaluated_on) == (setup.teacher_sha256, setup.data.evaluated_on):
+        same_split = result.evaluated_on == setup.data.evaluated_on == "test" or (
+            (result.evaluated_on, result.per_class) == (setup.data.evaluated_on, setup.settings.per_class)
+        )
+        if result.teacher_sha256 == setup.teacher_sha256 and same_split:
             return result.teacher_accuracy
     loader = EvalLoader(setup.data.evaluation, EVAL_BATCH, device=setup.device)
     accuracy = evaluate(setup.teacher.to(setup.device), loader, setup.device, setup.settings.precision)

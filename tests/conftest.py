@@ -13,9 +13,11 @@ import interpreter  # first: it decides how Triton defines its kernels
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 from fastvid import checkpoint, datasets
+from fastvid.loader import EvalLoader
 from fastvid.wresnet import WideResNet
 
 interpreter.mend()
@@ -154,10 +156,18 @@ def teacher_file():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """Path of an untrained WRN-10-2, for tests that have no teacher of their own."""
+    """Weights of a WRN-10-2, random but for its last layer, which is fitted to digits. Its width tells it from a student."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     torch.manual_seed(1)
-    checkpoint.save_weights(path, WideResNet(10, 2).state_dict(), {})
+    network, arrays = WideResNet(10, 2), datasets.load("digits", "", "train").subset(5)
+    images, labels = next(iter(EvalLoader(arrays, 50)))
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0  # the statistics of this one batch
+        features = network(images).activated[-1].mean(dim=(2, 3))
+        network.fc.weight.copy_(torch.linalg.lstsq(features, 10.0 * F.one_hot(labels).float()).solution.T)
+    checkpoint.save_weights(path, network.state_dict(), {})
     return str(path)
 
 
