@@ -1,4 +1,4 @@
-"""What the losses cost: plain PyTorch, the same under torch.compile, and ours (Triton; blocks on a CPU), beside a plain copy.
+"""What the losses cost: plain PyTorch, the same under torch.compile, and the Triton kernels, beside a plain copy.
 
     python -m pytest bench/test_losses.py [--rows FILE.jsonl] [--dtype bf16] [--quick]
 
@@ -45,7 +45,7 @@ OPS = {  # where each is measured; `all` is the sum over taps that a training st
     "mean_squared_error": ("group2",),  # FitNet's hint
 }
 QUICK = ("group2", "10")
-IMPLEMENTATIONS = ("reference", "compile", "blocked", "triton")
+IMPLEMENTATIONS = ("reference", "compile", "triton")
 CONVOLUTION = "conv+triton"  # of projected_vid_nll: what it would be without a kernel of its own
 HOST, GRAPH, EIGHT = "host", "graph", "graph-of-8"
 WAYS = (  # forward alone is without gradients, as in evaluation; both are what training does
@@ -81,10 +81,7 @@ def pytest_generate_tests(metafunc):
 
 
 def implementations(op: str) -> list[str]:
-    impls = [
-        impl for impl in IMPLEMENTATIONS if (op, impl) != ("softened_kl", "blocked")
-    ]  # logits are no map to cut into blocks
-    return [*impls, CONVOLUTION] if op == "projected_vid_nll" else impls
+    return [*IMPLEMENTATIONS, CONVOLUTION] if op == "projected_vid_nll" else [*IMPLEMENTATIONS]
 
 
 def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
@@ -164,7 +161,7 @@ def implementation(op: str, tap: str, impl: str) -> Callable:
         return torch.compile(
             total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False
         )
-    return total(partial(getattr(kernels, op), impl="auto" if impl == "blocked" else impl))
+    return total(partial(getattr(kernels, op), impl=impl))
 
 
 def convolution_then_vid_nll(
@@ -303,8 +300,6 @@ def needs_gpu(what: str) -> None:
 def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
     if impl in ("triton", CONVOLUTION):
         needs_gpu("a Triton kernel")
-    if impl == "blocked" and DEVICE.type != "cpu":
-        pytest.skip("blocks are for CPU tensors")
     if launch != HOST:
         needs_gpu("a CUDA graph")
     precision = pytestconfig.option.dtype

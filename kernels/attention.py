@@ -13,7 +13,7 @@ A gradient of the teacher's map, and any in fp16, is a pass of its own over both
 from __future__ import annotations
 
 import torch
-from fastvid.kernels import blocked, checks, reference
+from fastvid.kernels import checks, reference
 from fastvid.kernels.launch import (
     OPTIONS,
     first_derivative_only,
@@ -266,6 +266,4 @@ def attention_transfer(
     if checks.choose("attention_transfer", impl, student=student, teacher=teacher) == "triton":
         checks.channels_last("attention_transfer", student=student, teacher=teacher)
         return _attention_transfer(student, teacher, factor, one_pass(student))[0]
-    if impl == "auto" and blocked.fits(student, teacher):
-        return factor * reference.attention_distance(blocked.energy(student), blocked.energy(teacher))
     return factor * reference.attention_transfer(*checks.upcast(student, teacher))

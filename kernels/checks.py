@@ -12,7 +12,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose(op: str, impl: str, **tensors: Tensor | None) -> str:
-    """The implementation that runs for `impl`: auto takes triton for CUDA tensors and the reference, in blocks, for CPU tensors.
+    """The implementation that runs for `impl`: auto takes triton for CUDA tensors and the reference for CPU tensors.
 
     Raises ValueError where there is no such implementation, or where Triton cannot take these tensors.
     """

@@ -13,7 +13,7 @@ Without a gradient: 2. In fp16: 2 in forward and 3 in backward. A gradient of th
 from __future__ import annotations
 
 import torch
-from fastvid.kernels import blocked, checks, reference
+from fastvid.kernels import checks, reference
 from fastvid.kernels.launch import (
     OPTIONS,
     cdiv,
@@ -317,9 +317,6 @@ def vid_nll(
     if checks.choose("vid_nll", impl, mean=mean, target=target, raw_scale=raw_scale) == "triton":
         checks.channels_last("vid_nll", mean=mean, target=target)
         return _vid_nll(mean, target, raw_scale, eps, factor, one_pass(mean))[0]
-    if impl == "auto" and blocked.fits(mean, target):
-        squares, rows = blocked.squared_residuals(mean, target), mean.numel() // mean.shape[1]
-        return factor * reference.vid_nll_of_squares(squares, rows, *checks.upcast(raw_scale), eps=eps)
     return factor * reference.vid_nll(*checks.upcast(mean, target, raw_scale), eps=eps)
 
 
@@ -337,6 +334,4 @@ def mean_squared_error(
     if checks.choose("mean_squared_error", impl, prediction=prediction, target=target) == "triton":
         checks.channels_last("mean_squared_error", prediction=prediction, target=target)
         return _vid_nll(prediction, target, None, 0.0, factor, one_pass(prediction))[0]
-    if impl == "auto" and blocked.fits(prediction, target):
-        return blocked.squared_residuals(prediction, target).sum() * inverse_count(prediction, factor)
     return factor * reference.mean_squared_error(*checks.upcast(prediction, target))

@@ -12,10 +12,10 @@ FAULTS = {
         "eps-missing": ("F.softplus(raw_scale) + eps", "F.softplus(raw_scale)"),
         "log-missing": (" + rows * variance.log()", ""),
         "log-once-instead-of-per-row": ("rows * variance.log()", "variance.log()"),
-        "sum-over-channels": ("(rows * len(squares))", "rows"),
+        "sum-over-channels": ("/ mean.numel()", "/ rows"),
         "bias-ignored": ("F.conv2d(hidden, weight, bias)", "F.conv2d(hidden, weight)"),
-        "energy-not-squared": ("features.square().mean(dim=1)", "features.abs().mean(dim=1)"),
-        "normalised-over-images": ("F.normalize(student, dim=1)", "F.normalize(student, dim=0)"),
+        "energy-not-squared": ("x.square().mean(dim=1)", "x.abs().mean(dim=1)"),
+        "normalised-over-images": ("flatten(1), dim=1)", "flatten(1), dim=0)"),
         "t-instead-of-t-squared": ("temperature**2 * ", "temperature * "),
         "divergence-of-the-other-direction": ("(teacher.exp() * (", "(student.exp() * ("),
         "mean-over-classes": ("/ student_logits.shape[0]", "/ student_logits.numel()"),
@@ -249,17 +249,5 @@ FAULTS = {
             "gradient = ctx.gradient",
         ),
         "two-pass-parameters-not-scaled": ("return None, parameters * upstream", "return None, parameters"),
-    },
-    "blocked": {
-        "factor-2-missing": (
-            "torch.mul(residual, 2 * upstream, out=scratch)",
-            "torch.mul(residual, upstream, out=scratch)",
-        ),
-        "target-gradient-sign": ("scratch.neg_()", "scratch"),
-        "sum-over-channels": (
-            "upstream.reshape(-1, 1) * (2 / features.shape[1])",
-            "upstream.reshape(-1, 1) * 2",
-        ),
-        "last-rows-left-out": ("range(0, len(rows), size)", "range(0, len(rows) - size, size)"),
     },
 }

@@ -354,7 +354,6 @@ def load(folder: Path, name: str, module="", text="", replacement=""):
         (package.projected_vid, {"_LAUNCHES": launches, "FINISH_TILE": 128, "_SUM_BLOCK": 128}),
         (package.attention, {"_IN_REGISTERS": 128, "_TILE": 64, "_POSITIONS": 8}),
         (package.kd, {"_TILE": 32}),
-        (package.blocked, {"_BLOCK": 64}),
     ):
         assert vars(part).keys() >= constants.keys(), (
             f"{part.__name__} no longer has all of {list(constants)}"

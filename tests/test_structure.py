@@ -29,7 +29,6 @@ checkpoint loader table
 plots
 kernels.launch kernels.reference
 kernels.checks
-kernels.blocked
 kernels.attention kernels.kd kernels.vid
 kernels.projected_vid
 kernels
