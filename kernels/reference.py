@@ -1,18 +1,15 @@
-"""The losses as equations in plain PyTorch: pure, any dtype, any device. Everything faster is checked against these.
-
-B images, C channels, H x W positions, M = B·H·W.
-"""
+"""The losses as equations in plain PyTorch: pure, any dtype, any device. Kernels are checked against them."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """-log q(target | mean) of a Gaussian with one variance per channel, averaged over all elements, without ½·log 2π.
+    """-log q(target | mean) of a Gaussian with one variance per channel, averaged, without ½·log 2π.
 
-        1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],   S_c = Σ_m (target - mean)²,   v = softplus(raw_scale) + eps
+        1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],  S_c = Σ_m (target - mean)²,  v = softplus(raw_scale) + eps
 
-    mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
+    mean, target: [B, C, H, W], M = B·H·W.  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
     """
     rows = mean.numel() // mean.shape[1]
     squares = (target - mean).square().sum(dim=(0, 2, 3))
@@ -46,8 +43,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
         1/(B·H·W) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over H·W,   A = mean over channels of x²
 
-    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the mean
-    square and the squared norm of their code. A map of zeros stays zero.
+    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the
+    mean square and the squared norm of their code. A map of zeros stays zero.
     """
     student, teacher = (F.normalize(x.square().mean(dim=1).flatten(1), dim=1) for x in (student, teacher))
     return (student - teacher).square().mean()
