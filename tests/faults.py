@@ -1,8 +1,8 @@
 """Faults that tests/test_kernels_mutants.py seeds into the kernels, one a line: name | text | replacement.
 
-A text occurs in its module once, or the name ends in #n: the n-th occurrence. When the source changes,
-change this table. Left out are int64 offsets, which only maps of 2^31 elements tell from int32, and what another line
-repeats: one of two masks of the same element, or a masked load whose value a later mask drops.
+A text occurs once in its module, or the name ends in #n: the n-th occurrence. When the source changes, change
+this table. Left out are int64 offsets, which only maps of 2^31 elements tell from int32, and what another
+line repeats: one of two masks of the same element, or a masked load whose value a later mask drops.
 """
 
 TABLE = """
@@ -163,9 +163,9 @@ def _parse() -> list[tuple[str, str, int, str, str]]:
             continue
         name, text, replacement = (part.removeprefix(" ").removesuffix(" ") for part in line[1:].split("|"))
         name, _, occurrence = name.partition("#")
-        faults.append((module, name + occurrence, int(occurrence or 1), text, replacement))
+        faults.append((module, name + occurrence, int(occurrence or 0), text, replacement))
     return faults
 
 
 FAULTS = _parse()
-"""(module, name, which occurrence, text, replacement)"""
+"""(module, name, which occurrence or 0 if there is only one, text, replacement)"""
