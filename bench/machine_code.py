@@ -1,9 +1,11 @@
-"""What the compiler makes of every kernel that a training step launches: registers, spills, width of memory accesses.
+"""What the compiler makes of every kernel that a training step launches: registers, spills, width of memory
+accesses.
 
     python bench/machine_code.py [--arch 80 90 100] [--json FILE]
 
-Needs Triton and no GPU: the losses run on CPU tensors of the step's shapes while their launches are recorded instead of carried
-out, then each distinct variant is compiled ahead of time, with the alignment that the launches promise, and read as machine code.
+Needs Triton and no GPU: the losses run on CPU tensors of the step's shapes while their launches are recorded
+instead of carried out, then each distinct variant is compiled ahead of time, with the alignment that the
+launches promise, and read as machine code.
 """
 
 from __future__ import annotations
@@ -73,14 +75,17 @@ def step() -> Iterator[tuple[str, object]]:
             )
             for multiple in (1, 2) if precision != "fp32" else ():
                 weight = torch.zeros(channels, multiple * channels, 1, 1, requires_grad=True)
-                bias = (
-                    torch.zeros(channels, requires_grad=True) if multiple == 2 else None
-                )  # the two variants of VIDLoss
+                # The two variants of VIDLoss: with and without a bias.
+                bias = torch.zeros(channels, requires_grad=True) if multiple == 2 else None
                 hidden = make(multiple * channels, side, dtype, True)
                 yield (
                     f"projected_vid_nll {tap} x{multiple} {precision}",
                     lambda: kernels.projected_vid_nll(hidden, weight, bias, target, scale, impl="triton"),
                 )
+        yield (  # a student map that does not fit into registers
+            f"attention_transfer wide {precision}",
+            lambda: kernels.attention_transfer(make(64, 32, dtype, True), make(64, 32, dtype), impl="triton"),
+        )
         yield (
             f"mean_squared_error group2 {precision}",
             lambda: kernels.mean_squared_error(make(64, 16, dtype, True), make(64, 16, dtype), impl="triton"),
@@ -161,7 +166,8 @@ def examine(launch: dict, arch: int) -> dict:
 
 
 def accesses(ptx: str, names: list[str], signature: dict) -> dict[str, list[int]]:
-    """{pointer: sizes in bytes of its accesses to global memory}, by following each address back to the parameter it came from."""
+    """{pointer: sizes in bytes of its accesses to global memory}, by following each address back to the
+    parameter it came from."""
     passed = [name for name in names if signature[name] != "constexpr"]
     origin, sources = {}, {}
     for line in ptx.splitlines():

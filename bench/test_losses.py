@@ -1,14 +1,17 @@
-"""What the losses cost: plain PyTorch, the same under torch.compile, and ours (Triton; blocks on a CPU), beside a plain copy.
+"""What the losses cost: plain PyTorch, the same under torch.compile, and the Triton kernels, beside a plain
+copy.
 
     python -m pytest bench/test_losses.py [--rows FILE.jsonl] [--dtype bf16] [--quick]
 
-Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Every call is compared with the float64 reference on the same
-inputs before it is timed, in the form in which it is timed: of a CUDA graph, with what a replay writes over NaN.
+Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Every call is compared with the float64
+reference on the same inputs before it is timed, in the form in which it is timed: of a CUDA graph, with what
+a replay writes over NaN.
 
-On a GPU the time is that of triton.testing.do_bench: between two events, after the L2 was overwritten. Of a call launched by the
-host it holds the gaps in which the GPU waits for Python. In a graph it holds the graph's start (microseconds), and the zeros that
-cleared the L2 have yet to reach memory when it starts. Both hardly count in a graph of eight calls, each on inputs of its own,
-which nothing has touched since. The rows of `copy`, as many bytes launched the same way, say what each way leaves of the bandwidth.
+On a GPU the time is that of triton.testing.do_bench: between two events, after the L2 was overwritten. Of a
+call launched by the host it holds the gaps in which the GPU waits for Python. In a graph it holds the graph's
+start (microseconds), and the zeros that cleared the L2 have yet to reach memory when it starts. Both hardly
+count in a graph of eight calls, each on inputs of its own, which nothing has touched since. The rows of
+`copy`, as many bytes launched the same way, say what each way leaves of the bandwidth.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ OPS = {  # where each is measured; `all` is the sum over taps that a training st
     "mean_squared_error": ("group2",),  # FitNet's hint
 }
 QUICK = ("group2", "10")
-IMPLEMENTATIONS = ("reference", "compile", "blocked", "triton")
+IMPLEMENTATIONS = ("reference", "compile", "triton")
 CONVOLUTION = "conv+triton"  # of projected_vid_nll: what it would be without a kernel of its own
 HOST, GRAPH, EIGHT = "host", "graph", "graph-of-8"
 WAYS = (  # forward alone is without gradients, as in evaluation; both are what training does
@@ -55,8 +58,9 @@ WAYS = (  # forward alone is without gradients, as in evaluation; both are what 
     ("forward+backward", GRAPH),
     ("forward+backward", EIGHT),
 )
-# Root mean square of the error over that of the reference. A rounding to bf16 is 1e-3, to fp16 1.4e-4, a convolution in TF32 3e-4;
-# the longest chain here has three. Tests hold the kernels to less; this asks whether it is the same function.
+# Root mean square of the error over that of the reference. A rounding to bf16 is 1e-3, to fp16 1.4e-4, a
+# convolution in TF32 3e-4; the longest chain here has three. Tests hold the kernels to less; this asks
+# whether it is the same function.
 TOLERANCES = {"bf16": 1e-2, "fp16": 1e-3, "fp32": 1e-3}
 
 
@@ -81,14 +85,12 @@ def pytest_generate_tests(metafunc):
 
 
 def implementations(op: str) -> list[str]:
-    impls = [
-        impl for impl in IMPLEMENTATIONS if (op, impl) != ("softened_kl", "blocked")
-    ]  # logits are no map to cut into blocks
-    return [*impls, CONVOLUTION] if op == "projected_vid_nll" else impls
+    return [*IMPLEMENTATIONS, CONVOLUTION] if op == "projected_vid_nll" else [*IMPLEMENTATIONS]
 
 
 def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
-    """The arguments of one loss, or for `all` of each in the sum: shape by name. A gradient goes to the first and to parameters."""
+    """The arguments of one loss, or for `all` of each in the sum: shape by name. A gradient goes to the first
+    and to parameters."""
     if tap == "all":
         taps = TAPS[1:] if op == "attention_transfer" else TAPS  # AT leaves the stem out
         return [one for name in taps for one in shapes(op, name, batch)]
@@ -113,7 +115,8 @@ def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
 
 
 def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dtype) -> int:
-    """What memory must move at least: each map read once and the gradient of the first written once, as the modules derive it.
+    """What memory must move at least: each map read once and the gradient of the first written once, as the
+    modules derive it.
 
         vid_nll             2 maps forward, 3 with backward             vid.py
         projected_vid_nll   K + C channels of M rows, 2K + C            projected_vid.py
@@ -121,8 +124,9 @@ def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dty
         softened_kl         2BK logits, 3BK                             kd.py
         mean_squared_error  as vid_nll                                  vid.py
 
-    In fp16 backward reads again, because only then is the scale of the gradient known (launch.py). Not counted: parameters and
-    their gradients, 2.5 % of the maps at most (projection, group3), and partial sums, which stay in the L2.
+    In fp16 backward reads again, because only then is the scale of the gradient known (launch.py). Not
+    counted: parameters and their gradients, 2.5 % of the maps at most (projection, group3), and partial sums,
+    which stay in the L2.
     """
     maps = [
         [int(np.prod(shape)) for name, shape in one.items() if name not in PARAMETERS] for one in arguments
@@ -133,7 +137,8 @@ def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dty
 
 
 def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> list[dict[str, Tensor]]:
-    """Normal random inputs; maps channels-last. Parameters are rounded to `dtype` too, so that all implementations see the same."""
+    """Normal random inputs; maps channels-last. Parameters are rounded to `dtype` too, so that all
+    implementations see the same."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def tensor(name: str, shape: tuple, first: bool) -> Tensor:
@@ -164,7 +169,7 @@ def implementation(op: str, tap: str, impl: str) -> Callable:
         return torch.compile(
             total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False
         )
-    return total(partial(getattr(kernels, op), impl="auto" if impl == "blocked" else impl))
+    return total(partial(getattr(kernels, op), impl=impl))
 
 
 def convolution_then_vid_nll(
@@ -264,7 +269,8 @@ def copy_gb_per_s(pytestconfig):
 
 @pytest.fixture
 def measure(pytestconfig, benchmark, record, copy_gb_per_s):
-    """measure(call, calls, moved, row): times what holds that many calls, each of which must move so many bytes, and records the row."""
+    """measure(call, calls, moved, row): times what holds that many calls, each of which must move so many
+    bytes, and records the row."""
     quick = pytestconfig.option.quick
 
     def run_and_record(call: Callable, calls: int, moved: int, row: dict) -> None:
@@ -303,8 +309,6 @@ def needs_gpu(what: str) -> None:
 def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
     if impl in ("triton", CONVOLUTION):
         needs_gpu("a Triton kernel")
-    if impl == "blocked" and DEVICE.type != "cpu":
-        pytest.skip("blocks are for CPU tensors")
     if launch != HOST:
         needs_gpu("a CUDA graph")
     precision = pytestconfig.option.dtype
@@ -364,7 +368,8 @@ def test_copy(tap, launch, pytestconfig, measure, batch):
 
 
 def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batch):
-    """A whole step as training takes it, and in the same minute the four vid_nll of its taps alone, without their convolutions."""
+    """A whole step as training takes it, and in the same minute the four vid_nll of its taps alone, without
+    their convolutions."""
     precision, rounds = pytestconfig.option.dtype, 2 if pytestconfig.option.quick else 5
     torch.manual_seed(0)
     config = TrainConfig(method=("vid",), batch_size=batch, precision=precision).resolved()

@@ -58,7 +58,7 @@ def _engine(device: torch.device) -> str:
 
 def _losses(device: torch.device) -> str:
     if device.type != "cuda":
-        return "PyTorch, in blocks (Triton's kernels run on CUDA tensors)"
+        return "PyTorch (Triton's kernels run on CUDA tensors)"
     return "Triton kernels" if checks.triton else "none on this GPU: pip install triton"
 
 

@@ -1,7 +1,4 @@
-"""The losses of distillation as functions of tensors, usable without the rest of fastvid.
-
-Feature maps are [B, C, H, W], best channels-last; every loss is a scalar in fp32 (fp64 for fp64 input).
-"""
+"""The distillation losses as functions of tensors, usable without the rest of fastvid: see README.md here."""
 
 from fastvid.kernels import checks, reference
 from fastvid.kernels.attention import attention_transfer

@@ -1,38 +1,27 @@
-"""Knowledge distillation: the divergence of two softened class distributions, fused.
+"""Knowledge distillation: the divergence of two softened class distributions, fused. p = softmax(logits / T).
 
-    loss = factor·T²/B · Σ_b KL_b,   KL_b = Σ_k p_teacher · (log p_teacher - log p_student),   p = softmax(logits / T)
+    loss = factor·T²/B · Σ_b KL_b,  KL_b = Σ_k p_teacher · (log p_teacher - log p_student)
     ∂loss/∂student = factor·T/B · (p_student - p_teacher)
     ∂loss/∂teacher = factor·T/B · p_teacher · (log p_teacher - log p_student - KL_b)
 
-K classes. One pass reads both logits and writes the gradient: 3·B·K·itemsize bytes. At 128 x 10 that is nothing: it is the number
-of launches that counts, two instead of about twenty. Without a gradient: 2·B·K. A gradient of the teacher's logits is a pass of its own.
+One pass reads both logits [B, K] and writes the gradient: 3·B·K·itemsize bytes, or 2 without a gradient. At
+128 x 10 only launches count: two, not about twenty. A gradient of the teacher's logits is one more pass.
 """
 
 from __future__ import annotations
 
-import torch
 from fastvid.kernels import checks, reference
-from fastvid.kernels.launch import (
-    OPTIONS,
-    cdiv,
-    first_derivative_only,
-    jit,
-    one_pass,
-    power_of_two,
-    save,
-    saved,
-    scale,
-    tl,
-)
+from fastvid.kernels.one_pass import begin_backward, one_pass, operator
+from fastvid.kernels.triton_support import jit, launch, tl, triton
 from torch import Tensor
 
-_MOST_CLASSES = 32768  # a row is kept in the registers of one program
-_TILE = 2048  # logits of one program, unless a row is longer: 128 images of 10 classes, so that one launch does it all
+_MOST_CLASSES = 32768  # a row stays in the registers of one program
+_TILE = 2048  # logits in one program, unless a row is longer: one launch does 128 images of 10 classes
 
 
 @jit
 def _log_softmax(logits, mask, temperature):
-    """Of rows [BLOCK_ROWS, BLOCK_CLASSES] / temperature. The largest is subtracted first, while that is exact."""
+    """The log softmax of rows / temperature. The largest logit is subtracted first, while that is exact."""
     logits = tl.where(mask, logits.to(tl.float32), float("-inf"))
     logits = tl.div_rn(logits - tl.max(logits, axis=1)[:, None], temperature)
     return logits - tl.log(tl.sum(tl.where(mask, tl.exp(logits), 0.0), axis=1))[:, None]
@@ -43,7 +32,7 @@ def _softened_kl_kernel(
     student_ptr,  # [B, K], rows `student_stride` apart
     teacher_ptr,  # [B, K], rows `teacher_stride` apart
     upstream_ptr,  # scalar fp32, or None: 1
-    loss_ptr,  # [programs] fp32, each program's share of the loss; or None
+    loss_ptr,  # [programs] fp32, the share of each program; or None
     gradient_ptr,  # [B, K] dense, every element written exactly once; or None
     images,
     student_stride,
@@ -55,7 +44,7 @@ def _softened_kl_kernel(
     BLOCK_CLASSES: tl.constexpr,
     OF_TEACHER: tl.constexpr,
 ):
-    """One program does BLOCK_ROWS images; the gradient is the student's, or with OF_TEACHER the teacher's."""
+    """One program does BLOCK_ROWS images. The gradient is the student's, or with OF_TEACHER the teacher's."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_k = tl.arange(0, BLOCK_CLASSES)
     mask = (offs_b < images)[:, None] & (offs_k < CLASSES)[None, :]
@@ -79,91 +68,40 @@ def _softened_kl_kernel(
         tl.store(gradient_ptr + offs_b[:, None] * CLASSES + offs_k[None, :], slope * gradient, mask=mask)
 
 
-def _launch(student, teacher, upstream, temperature, factor, *, with_loss, with_gradient, of_teacher=False):
-    """Each program's share of the loss, and the gradient of one of the logits; None for what was not asked."""
+def _pass(logits, other, temperature, factor, of_teacher, with_gradient, upstream, loss, gradient, nothing):
+    """`logits` are the student's, whose gradient is usually wanted, and `other` the teacher's; or vice
+    versa."""
+    student, teacher = (other, logits) if of_teacher else (logits, other)
     images, classes = student.shape
-    block_classes = power_of_two(classes)
+    block_classes = triton.next_power_of_2(classes)
     block_rows = max(1, _TILE // block_classes)
-    programs = cdiv(images, block_rows)
-    loss = torch.empty(programs, dtype=torch.float32, device=student.device) if with_loss else None
-    wanted = teacher if of_teacher else student
-    gradient = torch.empty(wanted.shape, dtype=wanted.dtype, device=wanted.device) if with_gradient else None
+    programs = triton.cdiv(images, block_rows)
+    shares = nothing.new_empty(programs) if upstream is None else None
     if student.numel():
-        with torch.cuda.device_of(student):
-            _softened_kl_kernel[(programs,)](
-                student,
-                teacher,
-                upstream,
-                loss,
-                gradient,
-                images,
-                student.stride(0),
-                teacher.stride(0),
-                temperature,
-                factor / images,
-                CLASSES=classes,
-                BLOCK_ROWS=block_rows,
-                BLOCK_CLASSES=block_classes,
-                OF_TEACHER=of_teacher,
-                num_warps=min(16, max(4, block_classes // 512)),
-                **OPTIONS,
-            )
-    return loss, gradient
-
-
-@torch.library.custom_op("fastvid::softened_kl", mutates_args=())
-def _softened_kl(
-    student: Tensor, teacher: Tensor, temperature: float, factor: float, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, gradient = _launch(
-        student, teacher, None, temperature, factor, with_loss=True, with_gradient=with_gradient
-    )
-    if not student.numel():
-        total = loss.new_full((), float("nan"))  # the mean of nothing
-    else:
-        total = loss.sum() if len(loss) > 1 else loss.view(())
-    return total, student.new_empty(0) if gradient is None else gradient, loss.new_empty(0)
-
-
-@_softened_kl.register_fake
-def _(student, teacher, temperature, factor, with_gradient):
-    gradient = student.new_empty(student.shape) if with_gradient else student.new_empty(0)
-    return student.new_empty((), dtype=torch.float32), gradient, student.new_empty(0, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastvid::softened_kl_gradient", mutates_args=())
-def _softened_kl_gradient(
-    upstream: Tensor, student: Tensor, teacher: Tensor, temperature: float, factor: float, of_teacher: bool
-) -> Tensor:
-    return _launch(
-        student,
-        teacher,
-        upstream,
-        temperature,
-        factor,
-        with_loss=False,
-        with_gradient=True,
-        of_teacher=of_teacher,
-    )[1]
-
-
-@_softened_kl_gradient.register_fake
-def _(upstream, student, teacher, temperature, factor, of_teacher):
-    return torch.empty(student.shape, dtype=(teacher if of_teacher else student).dtype, device=student.device)
+        tensors = (student, teacher, upstream, shares, gradient if with_gradient else None)
+        numbers = (images, student.stride(0), teacher.stride(0), temperature, factor / images)
+        cut = {"CLASSES": classes, "BLOCK_ROWS": block_rows, "BLOCK_CLASSES": block_classes}
+        cut |= {"OF_TEACHER": of_teacher, "num_warps": min(16, max(4, block_classes // 512))}
+        launch(_softened_kl_kernel, (programs,), *tensors, *numbers, **cut)
+    if upstream is None and not student.numel():
+        loss.fill_(float("nan"))  # the mean of nothing
+    elif upstream is None:
+        loss = shares.sum() if programs > 1 else shares.view(())
+    return loss, gradient, nothing
 
 
 def _backward(ctx, upstream, *_):
-    (student, teacher, temperature, factor, _), nothing = saved(ctx)
-    first_derivative_only("softened_kl", upstream)
-    student_gradient, teacher_gradient = scale(ctx, upstream, nothing)[0], None
-    if student_gradient is None and ctx.needs_input_grad[0]:
-        student_gradient = _softened_kl_gradient(upstream, student, teacher, temperature, factor, False)
+    (student, teacher, *numbers, _, _, _), gradient, _ = begin_backward("softened_kl", ctx, upstream)
+    teacher_gradient = None
+    if gradient is None and ctx.needs_input_grad[0]:
+        gradient = _softened_kl(student, teacher, *numbers, False, True, upstream)[1]
     if ctx.needs_input_grad[1]:
-        teacher_gradient = _softened_kl_gradient(upstream, student, teacher, temperature, factor, True)
-    return student_gradient, teacher_gradient, None, None, None
+        teacher_gradient = _softened_kl(teacher, student, *numbers, True, True, upstream)[1]
+    return gradient, teacher_gradient, None, None, None, None, None
 
 
-_softened_kl.register_autograd(_backward, setup_context=save)
+_SCHEMA = "Tensor logits, Tensor other, float temperature, float factor, bool of_teacher"
+_softened_kl = operator("softened_kl_pass", _SCHEMA, _pass, _backward)
 
 
 def softened_kl(
@@ -176,24 +114,19 @@ def softened_kl(
 ) -> Tensor:
     """T² · KL(teacher ‖ student) at temperature T, summed over classes, averaged over the batch.
 
-    student_logits, teacher_logits: [B, classes], any floating dtype.  temperature: more than 0.
-    factor: multiplies the loss; on a GPU better here than outside, because backward then need not touch the logits again.
-    Returns a scalar, fp32 (fp64 for fp64 input).  impl: auto (Triton for CUDA tensors, else the reference), triton or reference.
-    Triton wants fp32, bf16 or fp16, at most 32,768 classes that lie side by side, and has first derivatives only.
-    Raises ValueError on shapes, dtypes, layouts or a temperature that do not fit.  Source: Hinton et al. 2015.
+    student_logits, teacher_logits: [B, classes], any floating dtype.  temperature: positive.
+    factor, impl, errors: as in vid_nll. Triton needs at most 32,768 classes, side by side in memory.
+    Returns a scalar, fp32 (fp64 for fp64 input).  Source: Hinton et al. 2015.
     """
-    checks.logits("softened_kl", student_logits=student_logits, teacher_logits=teacher_logits)
-    checks.numbers("softened_kl", temperature=temperature, factor=factor)
+    op, logits = "softened_kl", {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    checks.logits(op, **logits)
+    checks.numbers(op, temperature=temperature, factor=factor)
     if not temperature > 0:
         raise ValueError(f"softened_kl wants a temperature of more than 0, got {temperature}")
-    if (
-        checks.choose("softened_kl", impl, student_logits=student_logits, teacher_logits=teacher_logits)
-        == "triton"
-    ):
-        checks.rows(
-            "softened_kl", _MOST_CLASSES, student_logits=student_logits, teacher_logits=teacher_logits
-        )
-        return _softened_kl(student_logits, teacher_logits, temperature, factor, one_pass(student_logits))[0]
-    return factor * reference.softened_kl(
-        *checks.upcast(student_logits, teacher_logits), temperature=temperature
-    )
+    if checks.choose(op, impl, logits) == "triton":
+        if (classes := student_logits.shape[1]) > _MOST_CLASSES:
+            limit = f"{op} has Triton kernels for up to {_MOST_CLASSES} classes"
+            raise ValueError(f"{limit}, not {classes}: pass impl='reference'")
+        inputs = (*logits.values(), temperature, factor, False)
+        return _softened_kl(*inputs, one_pass(student_logits), None)[0]
+    return factor * reference.softened_kl(*checks.upcast(*logits.values()), temperature=temperature)

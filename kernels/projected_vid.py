@@ -1,102 +1,60 @@
-"""The last 1x1 convolution of a VID regressor and its negative log-likelihood in one kernel.
+"""The last 1x1 convolution of a VID regressor and its negative log-likelihood, in one kernel.
 
-    mean = weight · hidden + bias            loss = vid_nll(mean, target, raw_scale)            d = ∂loss/∂mean   (vid.py)
-    ∂loss/∂hidden = weightᵀ · d              ∂loss/∂weight = Σ_m d · hiddenᵀ                    ∂loss/∂bias = Σ_m d
+    mean = weight · hidden + bias      loss = vid_nll(mean, target, raw_scale)      d = ∂loss/∂mean (vid.py)
+    ∂loss/∂hidden = weightᵀ · d        ∂loss/∂weight = Σ_m d · hiddenᵀ              ∂loss/∂bias = Σ_m d
 
-M = B·H·W rows, C channels of the target, K of the hidden map. A tile of the mean lives in registers only: multiply, subtract,
-multiply back by the weight, and add up the weight's gradient, all while the tiles of both maps are at hand. With K = 2C, one pass
-moves (2K + C)·M·itemsize bytes: 5 maps of C channels, where convolution, loss and their backward move 12, or 9 with vid_nll. In fp16,
-where the gradient waits for its scale, 3 and 5. The partial sums of the weight's gradient (programs·C·K fp32) stay in the L2. At 128
-channels two programs share the hidden channels of a tile, and both read all of it and the target: the second finds them in the L2.
+M = B·H·W rows, C channels of the target, K of the hidden map. A tile of the mean exists in registers only.
+With K = 2C, one pass moves (2K + C)·M·itemsize bytes, 5 maps of C channels; convolution, loss and their
+backward move 12, or 9 with vid_nll. In fp16, forward moves 3 and backward 5. The L2 cache holds the partial
+sums of the weight's gradient, and the tiles that two programs share at 128 channels.
 
-16-bit maps of up to 128 channels from as many hidden ones or twice as many run here (a width between two powers of two is filled up).
-Anything else is a convolution and vid_nll: in fp32 a kernel would have to choose between the tensor cores and the user's TF32
-setting, and a wider weight does not fit beside its gradient.
+The kernel takes 16-bit maps of up to 128 channels with K = C or K = 2C, rounded up to powers of two. All else
+is a convolution and vid_nll: in fp32 a kernel would have to choose between the tensor cores and the user's
+TF32 setting, and a wider weight does not fit into registers beside its gradient.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from fastvid.kernels import checks
-from fastvid.kernels.launch import (
-    OPTIONS,
-    cdiv,
-    dense,
-    first_derivative_only,
-    jit,
-    one_pass,
-    power_of_two,
-    save,
-    saved,
-    scale,
-    tl,
-)
-from fastvid.kernels.vid import (
-    FINISH_TILE,
-    FINISH_WARPS,
-    column_sums,
-    finish_channels,
-    inverse_count,
-    variance_of,
-    vid_nll,
-)
+from fastvid.kernels.one_pass import begin_backward, one_pass, operator
+from fastvid.kernels.triton_support import dense, jit, launch, tl, triton
+from fastvid.kernels.vid import launch_finish, per_element, variance_of, vid_nll
 from torch import Tensor
 
-_SUM_BLOCK = 64  # elements of the weight's gradient that one program adds up: 256-byte rows, and enough programs for all rows at once
-
-
-class _Launch(NamedTuple):
-    """How a C x K projection is cut."""
-
-    rows: int
-    """of one tile"""
-    slice: int
-    """hidden channels that a program owns; it computes the mean from all, and the gradients of its own"""
-    warps: int
-    stages: int
-    """tiles in flight"""
-    programs: int
-    """over the rows, for each slice: two to four a multiprocessor of an H100, so few that their partial sums stay below the maps"""
-
-
-# By (C, K), each rounded up to a power of two. The accumulators (mean, gradients of hidden and weight) decide: these cuts keep them in
-# registers on sm_80, sm_90, sm_100 and sm_120, and the tiles within 100 KB of shared memory. The last two keep to the larger shared
-# memory and the narrower accumulators of sm_90 and sm_100; elsewhere they spill.
-_LAUNCHES = {
-    (16, 16): _Launch(rows=64, slice=16, warps=4, stages=2, programs=512),
-    (16, 32): _Launch(rows=64, slice=32, warps=4, stages=2, programs=512),
-    (32, 32): _Launch(rows=64, slice=32, warps=4, stages=1, programs=512),
-    (32, 64): _Launch(rows=64, slice=64, warps=4, stages=2, programs=512),
-    (64, 64): _Launch(rows=64, slice=64, warps=8, stages=1, programs=128),
-    (64, 128): _Launch(rows=64, slice=128, warps=8, stages=2, programs=128),
-    (128, 128): _Launch(rows=32, slice=64, warps=8, stages=2, programs=64),
-    (128, 256): _Launch(rows=32, slice=128, warps=8, stages=2, programs=64),
+# How a projection is cut, by (C, K), each rounded up to a power of two. SLICE: hidden channels of a program,
+# which computes the mean from all of them but the gradients only of its own. programs: a limit, two to four
+# on each multiprocessor of an H100. The accumulators (mean, gradients of hidden and weight) stay in registers
+# on sm_80, sm_90, sm_100 and sm_120, the tiles within 100 KB of shared memory. The last two cuts need the
+# larger shared memory of sm_90 and sm_100; elsewhere they would spill registers.
+_CUTS = {
+    (16, 16): {"programs": 512, "BLOCK_ROWS": 64, "SLICE": 16, "num_warps": 4, "num_stages": 2},
+    (16, 32): {"programs": 512, "BLOCK_ROWS": 64, "SLICE": 32, "num_warps": 4, "num_stages": 2},
+    (32, 32): {"programs": 512, "BLOCK_ROWS": 64, "SLICE": 32, "num_warps": 4, "num_stages": 1},
+    (32, 64): {"programs": 512, "BLOCK_ROWS": 64, "SLICE": 64, "num_warps": 4, "num_stages": 2},
+    (64, 64): {"programs": 128, "BLOCK_ROWS": 64, "SLICE": 64, "num_warps": 8, "num_stages": 1},
+    (64, 128): {"programs": 128, "BLOCK_ROWS": 64, "SLICE": 128, "num_warps": 8, "num_stages": 2},
+    (128, 128): {"programs": 64, "BLOCK_ROWS": 32, "SLICE": 64, "num_warps": 8, "num_stages": 2},
+    (128, 256): {"programs": 64, "BLOCK_ROWS": 32, "SLICE": 128, "num_warps": 8, "num_stages": 2},
 }
 
 
 def _blocks(channels: int, hidden: int) -> tuple[int, int]:
-    """Both widths as the dots take them; 16 is the least side of a tensor core's operand."""
-    return power_of_two(channels, least=16), power_of_two(hidden, least=16)
+    """Both widths as the dots take them; an operand of a tensor core has at least 16 rows and columns."""
+    return tuple(max(16, 1 << (width - 1).bit_length()) for width in (channels, hidden))
 
 
 def _fits(hidden: Tensor, weight: Tensor, target: Tensor) -> bool:
-    """Whether the kernel takes this projection: 16-bit, not empty, of a width in the table, with a target that no gradient flows to."""
+    """Whether the kernel takes it: 16-bit, not empty, a width of the table, and no gradient of the target."""
     blocks, capability = _blocks(*weight.shape[:2]), _capability(hidden)
-    return (
-        hidden.dtype in (torch.bfloat16, torch.float16)
-        and blocks in _LAUNCHES
-        and target.numel() > 0
-        and not target.requires_grad
-        and capability >= 8
-        and (blocks[0] < 128 or capability in (9, 10))
-    )
+    half, empty = hidden.dtype in (torch.bfloat16, torch.float16), not target.numel()
+    wide = capability in (9, 10) if blocks[0] == 128 else capability >= 8
+    return half and not empty and blocks in _CUTS and wide and not target.requires_grad
 
 
 def _capability(tensor: Tensor) -> int:
-    """Major compute capability of the tensor's GPU; the interpreter, which has no limits, counts as Hopper."""
+    """Major compute capability of the tensor's GPU. The interpreter has no limits and counts as Hopper."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
@@ -123,16 +81,14 @@ def _projection_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """One program takes `tiles` tiles of rows and owns one slice of hidden channels; with several slices each computes the mean.
-
-    The dots take 16-bit operands and accumulate in fp32. The mean is not rounded in between.
-    """
+    """One program reads `tiles` tiles of rows and owns one slice of the hidden channels. It computes the
+    whole mean, in fp32 from 16-bit operands, and never rounds it to 16 bits."""
     SLICES: tl.constexpr = BLOCK_HIDDEN // SLICE
     program, own = tl.program_id(0), tl.program_id(1)
     offs_c = tl.arange(0, BLOCK_CHANNELS)
     mask_c = offs_c < CHANNELS
     offs_k = own * SLICE + tl.arange(0, SLICE)
-    first = program.to(tl.int64) * tiles * BLOCK_ROWS  # int64 here alone: within a program int32 suffices
+    first = program.to(tl.int64) * tiles * BLOCK_ROWS  # within one program, int32 is enough
     hidden_ptr += first * HIDDEN
     target_ptr += first * CHANNELS
     weight = _slice(weight_ptr, offs_c, mask_c, offs_k, HIDDEN).to(hidden_ptr.dtype.element_ty)
@@ -152,9 +108,8 @@ def _projection_kernel(
         for step in tl.static_range(1, SLICES):
             offs_other = (own + step) % SLICES * SLICE + tl.arange(0, SLICE)
             other = _slice(hidden_ptr, offs_m, mask_m, offs_other, HIDDEN)
-            mean = tl.dot(
-                other, tl.trans(_slice(weight_ptr, offs_c, mask_c, offs_other, HIDDEN).to(other.dtype)), mean
-            )
+            other_weight = _slice(weight_ptr, offs_c, mask_c, offs_other, HIDDEN).to(other.dtype)
+            mean = tl.dot(other, tl.trans(other_weight), mean)
         hidden = _slice(hidden_ptr, offs_m, mask_m, offs_k, HIDDEN)
         mean = tl.dot(hidden, tl.trans(weight), mean)
         target = _slice(target_ptr, offs_m, mask_m, offs_c, CHANNELS).to(tl.float32)
@@ -165,255 +120,83 @@ def _projection_kernel(
         if hidden_gradient_ptr is not None:
             gradient = (residual * slope[None, :]).to(hidden.dtype)
             offs = offs_m[:, None] * HIDDEN + offs_k[None, :]
-            tl.store(
-                hidden_gradient_ptr + first * HIDDEN + offs,
-                tl.dot(gradient, weight),
-                mask=mask_m[:, None] & (offs_k < HIDDEN)[None, :],
-            )
+            mask = mask_m[:, None] & (offs_k < HIDDEN)[None, :]
+            tl.store(hidden_gradient_ptr + first * HIDDEN + offs, tl.dot(gradient, weight), mask=mask)
             weight_gradient = tl.dot(tl.trans(gradient), hidden, weight_gradient)
     if square_ptr is not None:
         if own == 0:
             tl.store(square_ptr + program * CHANNELS + offs_c, squares, mask=mask_c)
             tl.store(residual_ptr + program * CHANNELS + offs_c, residuals, mask=mask_c)
     if hidden_gradient_ptr is not None:
+        weight_partial_ptr += program * CHANNELS * HIDDEN
         offs = offs_c[:, None] * HIDDEN + offs_k[None, :]
-        tl.store(
-            weight_partial_ptr + program * CHANNELS * HIDDEN + offs,
-            weight_gradient,
-            mask=mask_c[:, None] & (offs_k < HIDDEN)[None, :],
-        )
+        mask = mask_c[:, None] & (offs_k < HIDDEN)[None, :]
+        tl.store(weight_partial_ptr + offs, weight_gradient, mask=mask)
 
 
 @jit
 def _slice(pointer, offs_rows, mask_rows, offs_columns, COLUMNS: tl.constexpr):
-    """A tile of a row-major matrix of COLUMNS columns; zero beyond its edges."""
+    """A tile of a row-major matrix with COLUMNS columns; zero beyond the edges of the matrix."""
     mask = mask_rows[:, None] & (offs_columns < COLUMNS)[None, :]
     return tl.load(pointer + offs_rows[:, None] * COLUMNS + offs_columns[None, :], mask=mask, other=0.0)
 
 
-@jit
-def _finish_kernel(
-    square_ptr,
-    residual_ptr,  # [programs, C] fp32 partial sums
-    weight_partial_ptr,  # [programs, C, K] fp32, or None
-    raw_scale_ptr,
-    loss_ptr,
-    parameters_ptr,  # fp32: weight [C, K] if there are partial sums of it, then raw_scale [C], bias [C]
-    programs,
-    eps,
-    factor,
-    inverse_count,
-    CHANNELS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_WEIGHT_PROGRAMS: tl.constexpr,
+def _pass(
+    hidden, weight, bias, target, raw_scale, eps, factor, with_gradient, upstream, loss, gradient, parameters
 ):
-    """The first program finishes what has C elements, each other one a block of the weight's gradient."""
-    block = tl.program_id(0)
-    scale_gradient_ptr = parameters_ptr
-    if weight_partial_ptr is not None:
-        scale_gradient_ptr += CHANNELS * HIDDEN
-    if block == 0:
-        offs_c, mask_c, variance = finish_channels(
-            square_ptr,
-            raw_scale_ptr,
-            loss_ptr,
-            scale_gradient_ptr,
-            0,
-            programs,
-            eps,
-            factor,
-            inverse_count,
-            CHANNELS,
-            BLOCK_CHANNELS,
-            BLOCK_PROGRAMS,
-        )
-        residuals = column_sums(residual_ptr, programs, offs_c, mask_c, CHANNELS, BLOCK_PROGRAMS)
-        tl.store(scale_gradient_ptr + CHANNELS + offs_c, residuals * inverse_count / variance, mask=mask_c)
-    elif weight_partial_ptr is not None:
-        offs_w = (block - 1) * BLOCK + tl.arange(0, BLOCK)
-        mask_w = offs_w < CHANNELS * HIDDEN
-        sums = column_sums(
-            weight_partial_ptr, programs, offs_w, mask_w, CHANNELS * HIDDEN, BLOCK_WEIGHT_PROGRAMS
-        )
-        tl.store(parameters_ptr + offs_w, sums, mask=mask_w)
-
-
-def _launch(hidden, weight, bias, target, raw_scale, upstream, eps, factor, *, with_loss, with_gradient):
-    """The projection kernel over all rows: partial sums of squares and residuals [2, programs, C], the gradient of hidden and
-    partial sums [programs, C, K] of the weight's; None for what was not asked."""
     (channels, width), rows = weight.shape[:2], target.numel() // target.shape[1]
+    raw_scale, inverse_count = dense(raw_scale), per_element(target, factor)
     block_channels, block_hidden = _blocks(channels, width)
-    cut = _LAUNCHES[block_channels, block_hidden]
-    tiles = cdiv(rows, cut.rows)
-    tiles_each = cdiv(tiles, cut.programs)
-    programs = cdiv(tiles, tiles_each)
-    scalars = {"dtype": torch.float32, "device": hidden.device}
-    squares, residuals = torch.empty(2, programs, channels, **scalars) if with_loss else (None, None)
-    gradient = torch.empty_like(hidden) if with_gradient else None
-    weight_partial = torch.empty(programs, channels, width, **scalars) if with_gradient else None
-    with torch.cuda.device_of(hidden):
-        _projection_kernel[(programs, block_hidden // cut.slice if with_gradient else 1)](
-            hidden,
-            weight,
-            bias,
-            target,
-            raw_scale,
-            upstream,
-            squares,
-            residuals,
-            gradient,
-            weight_partial,
-            rows,
-            tiles_each,
-            eps,
-            inverse_count(target, factor),
-            CHANNELS=channels,
-            HIDDEN=width,
-            BLOCK_ROWS=cut.rows,
-            BLOCK_CHANNELS=block_channels,
-            BLOCK_HIDDEN=block_hidden,
-            SLICE=cut.slice,
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-            **OPTIONS,
-        )
-    return squares, residuals, gradient, weight_partial
-
-
-@torch.library.custom_op("fastvid::projected_vid_nll", mutates_args=())
-def _projected_vid_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    raw_scale: Tensor,
-    eps: float,
-    factor: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The third output holds the gradients of weight, if asked, raw_scale and bias in one row."""
-    weight, bias, raw_scale = map(dense, (weight, bias, raw_scale))
-    squares, residuals, gradient, weight_partial = _launch(
-        hidden,
-        weight,
-        bias,
-        target,
-        raw_scale,
-        None,
-        eps,
-        factor,
-        with_loss=True,
-        with_gradient=with_gradient,
-    )
-    programs, channels = squares.shape
-    width = hidden.shape[1]
-    size = channels * width if with_gradient else 0
-    loss, parameters = squares.new_empty(()), squares.new_empty(2 * channels + size)
-    block_channels = power_of_two(channels)
-    with torch.cuda.device_of(hidden):
-        _finish_kernel[(1 + cdiv(size, _SUM_BLOCK),)](
-            squares,
-            residuals,
-            weight_partial,
-            raw_scale,
-            loss,
-            parameters,
-            programs,
-            eps,
-            factor,
-            inverse_count(target, factor),
-            CHANNELS=channels,
-            HIDDEN=width,
-            BLOCK_CHANNELS=block_channels,
-            BLOCK_PROGRAMS=FINISH_TILE // block_channels,
-            BLOCK=_SUM_BLOCK,
-            BLOCK_WEIGHT_PROGRAMS=FINISH_TILE // _SUM_BLOCK,
-            num_warps=FINISH_WARPS,
-            **OPTIONS,
-        )
-    return loss, hidden.new_empty(0) if gradient is None else gradient, parameters
-
-
-@_projected_vid_nll.register_fake
-def _(hidden, weight, bias, target, raw_scale, eps, factor, with_gradient):
-    size = 2 * weight.shape[0] + (weight.shape[0] * weight.shape[1] if with_gradient else 0)
-    gradient = torch.empty_like(hidden) if with_gradient else hidden.new_empty(0)
-    return hidden.new_empty((), dtype=torch.float32), gradient, hidden.new_empty(size, dtype=torch.float32)
-
-
-@torch.library.custom_op("fastvid::projected_vid_nll_gradient", mutates_args=())
-def _projected_vid_nll_gradient(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    raw_scale: Tensor,
-    eps: float,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and of weight (fp32 [C, K]) from the maps themselves."""
-    _, _, gradient, weight_partial = _launch(
-        hidden,
-        dense(weight),
-        dense(bias),
-        target,
-        dense(raw_scale),
-        upstream,
-        eps,
-        factor,
-        with_loss=False,
-        with_gradient=True,
-    )
-    return gradient, weight_partial.sum(0)
-
-
-@_projected_vid_nll_gradient.register_fake
-def _(upstream, hidden, weight, bias, target, raw_scale, eps, factor):
-    return torch.empty_like(hidden), hidden.new_empty(weight.shape[:2], dtype=torch.float32)
+    cut = dict(_CUTS[block_channels, block_hidden])
+    tiles = triton.cdiv(rows, cut["BLOCK_ROWS"])
+    tiles_each = triton.cdiv(tiles, cut.pop("programs"))
+    programs = triton.cdiv(tiles, tiles_each)
+    sums = parameters.new_empty(2, programs, channels) if upstream is None else (None, None)
+    weight_partial = parameters.new_empty(programs, channels, width) if with_gradient else None
+    tensors = (hidden, dense(weight), dense(bias), target, raw_scale, upstream)
+    results = (*sums, gradient if with_gradient else None, weight_partial)
+    grid = (programs, block_hidden // cut["SLICE"] if with_gradient else 1)
+    cut |= {"CHANNELS": channels, "HIDDEN": width}
+    cut |= {"BLOCK_CHANNELS": block_channels, "BLOCK_HIDDEN": block_hidden}
+    launch(_projection_kernel, grid, *tensors, *results, rows, tiles_each, eps, inverse_count, **cut)
+    if upstream is not None:
+        return loss, gradient, weight_partial.sum(0).view(-1)
+    loss = launch_finish((*sums, weight_partial), raw_scale, parameters, eps, factor, inverse_count)
+    return loss, gradient, parameters
 
 
 def _backward(ctx, upstream, *_):
-    (hidden, weight, bias, target, raw_scale, eps, factor, _), parameters = saved(ctx)
-    first_derivative_only("projected_vid_nll", upstream)
-    hidden_gradient, parameters = scale(ctx, upstream, parameters)
-    channels = weight.shape[0]
-    weight_gradient, scale_gradient, bias_gradient = (
-        parameters[: -2 * channels],
-        parameters[-2 * channels : -channels],
-        parameters[-channels:],
-    )
-    if hidden_gradient is None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        hidden_gradient, weight_gradient = _projected_vid_nll_gradient(
-            upstream, hidden, weight, bias, target, raw_scale, eps, factor
-        )
-    needs = ctx.needs_input_grad
-    return (
-        hidden_gradient if needs[0] else None,
-        _like(weight_gradient.to(weight.dtype), weight) if needs[1] else None,
-        bias_gradient.to(bias.dtype) if needs[2] else None,
-        None,
-        scale_gradient.to(raw_scale.dtype) if needs[4] else None,
-        None,
-        None,
-        None,
-    )
+    inputs, hidden_gradient, parameters = begin_backward("projected_vid_nll", ctx, upstream)
+    _, weight, bias, _, raw_scale, *_ = inputs
+    channels, needs = weight.shape[0], ctx.needs_input_grad
+    weight_gradient, rest = parameters[: -2 * channels], parameters[-2 * channels :]
+    if hidden_gradient is None and (needs[0] or needs[1]):
+        _, hidden_gradient, weight_gradient = _projected_vid_nll(*inputs[:-2], True, upstream)
+    weight_gradient = _like(weight_gradient.to(weight.dtype), weight) if needs[1] else None
+    bias_gradient = rest[channels:].to(bias.dtype) if needs[2] else None
+    scale_gradient = rest[:channels].to(raw_scale.dtype) if needs[4] else None
+    hidden_gradient = hidden_gradient if needs[0] else None
+    return hidden_gradient, weight_gradient, bias_gradient, None, scale_gradient, None, None, None, None
 
 
 def _like(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient [C·K] in the shape of the weight, and in its strides where it is contiguous or channels-last: DDP wants them equal."""
+    """The gradient [C·K] in the shape of the weight and, for DDP, in its strides if the weight is dense."""
     channels, width = weight.shape[:2]
     if weight.stride() == (width, 1, width, width):
-        return gradient.view(channels, 1, 1, width).permute(
-            0, 3, 1, 2
-        )  # of the row's start: Inductor of torch 2.11 loses an offset
+        # This view starts at the row's first element, because Inductor of torch 2.11 loses an offset.
+        return gradient.view(channels, 1, 1, width).permute(0, 3, 1, 2)
     return gradient.view(weight.shape)
 
 
-_projected_vid_nll.register_autograd(_backward, setup_context=save)
+def _parameters(hidden, weight, bias, target, raw_scale, eps, factor, with_gradient, upstream) -> int:
+    """The gradients of weight (with_gradient), raw_scale and bias (both without upstream), in this order."""
+    return (weight.numel() if with_gradient else 0) + (2 * len(weight) if upstream is None else 0)
+
+
+_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor raw_scale, float eps, float factor"
+)
+_projected_vid_nll = operator("projected_vid_nll_pass", _SCHEMA, _pass, _backward, _parameters)
 
 
 def projected_vid_nll(
@@ -427,12 +210,12 @@ def projected_vid_nll(
     factor: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """vid_nll whose mean is a 1x1 convolution of `hidden`, as the last layer of a regressor is.
+    """vid_nll whose mean is a 1x1 convolution of `hidden`, such as the last layer of a regressor.
 
     hidden: [B, K, H, W].  weight: [C, K, 1, 1].  bias: [C] or None.  target: [B, C, H, W].  raw_scale: [C].
-    The convolution runs in the dtype of autocast or of `hidden`, the loss in fp32. factor, impl, result and errors: as in vid_nll.
-    With Triton it is one kernel for 16-bit maps of up to 128 channels, from as many hidden ones or twice as many, and a target that
-    needs no gradient; otherwise PyTorch's convolution and the kernel of vid_nll.
+    The convolution runs in the dtype of autocast or of `hidden`, the loss in fp32.  factor, impl, result and
+    errors: as in vid_nll.  In Triton this is one kernel for 16-bit maps of up to 128 channels with K = C or K
+    = 2C and a target that needs no gradient; otherwise it is PyTorch's convolution and the kernel of vid_nll.
     """
     op = "projected_vid_nll"
     checks.maps(op, hidden=hidden, target=target)
@@ -441,18 +224,12 @@ def projected_vid_nll(
     if bias is not None:
         checks.shape(op, "bias", bias, (target.shape[1],))
     checks.numbers(op, eps=eps, factor=factor)
-    chosen = checks.choose(
-        op, impl, hidden=hidden, weight=weight, bias=bias, target=target, raw_scale=raw_scale
-    )
-    if chosen == "triton":
-        checks.channels_last(op, hidden=hidden, target=target)
-        if _fits(hidden, weight, target):
-            return _projected_vid_nll(hidden, weight, bias, target, raw_scale, eps, factor, one_pass(hidden))[
-                0
-            ]
+    parameters = {"weight": weight, "bias": bias, "raw_scale": raw_scale}
+    chosen = checks.choose(op, impl, {"hidden": hidden, "target": target}, **parameters)
+    if chosen == "triton" and _fits(hidden, weight, target):
+        inputs = (hidden, weight, bias, target, raw_scale, eps, factor)
+        return _projected_vid_nll(*inputs, one_pass(hidden), None)[0]
     mean = F.conv2d(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    if chosen == "triton":
-        mean = mean.contiguous(
-            memory_format=torch.channels_last
-        )  # as it is, but where one channel leaves the layout open
+    if chosen == "triton":  # a map of one channel may be taken for NCHW: no copy, only other strides
+        mean = mean.contiguous(memory_format=torch.channels_last)
     return vid_nll(mean, target, raw_scale, eps=eps, factor=factor, impl=impl)

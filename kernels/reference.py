@@ -1,28 +1,20 @@
-"""The losses as equations in plain PyTorch: pure, any dtype, any device. Everything faster is checked against these.
-
-B images, C channels, H x W positions, M = B·H·W.
-"""
+"""The losses as equations in plain PyTorch: pure, any dtype, any device. Kernels are checked against them."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def vid_nll(mean: Tensor, target: Tensor, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """-log q(target | mean) of a Gaussian with one variance per channel, averaged over all elements, without ½·log 2π.
+    """-log q(target | mean) of a Gaussian with one variance per channel, averaged, without ½·log 2π.
 
-        1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],   S_c = Σ_m (target - mean)²,   v = softplus(raw_scale) + eps
+        1/(M·C) · Σ_c ½ [ S_c / v_c + M·log v_c ],  S_c = Σ_m (target - mean)²,  v = softplus(raw_scale) + eps
 
-    mean, target: [B, C, H, W].  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
+    mean, target: [B, C, H, W], M = B·H·W.  raw_scale: [C].  Source: Ahn et al., CVPR 2019.
     """
-    return vid_nll_of_squares(
-        (target - mean).square().sum(dim=(0, 2, 3)), mean.numel() // mean.shape[1], raw_scale, eps=eps
-    )
-
-
-def vid_nll_of_squares(squares: Tensor, rows: int, raw_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """vid_nll from S [C], the only thing that it needs of the maps, and M."""
+    rows = mean.numel() // mean.shape[1]
+    squares = (target - mean).square().sum(dim=(0, 2, 3))
     variance = F.softplus(raw_scale) + eps
-    return 0.5 * (squares / variance + rows * variance.log()).sum() / (rows * len(squares))
+    return 0.5 * (squares / variance + rows * variance.log()).sum() / mean.numel()
 
 
 def projected_vid_nll(
@@ -51,20 +43,11 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
         1/(B·H·W) · Σ (Q(student) - Q(teacher))²,   Q(x) = A / ‖A‖₂ over H·W,   A = mean over channels of x²
 
-    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the mean
-    square and the squared norm of their code.
+    student: [B, Cs, H, W].  teacher: [B, Ct, H, W].  Source: Zagoruyko and Komodakis, ICLR 2017, with the
+    mean square and the squared norm of their code. A map of zeros stays zero.
     """
-    return attention_distance(energy(student), energy(teacher))
-
-
-def energy(features: Tensor) -> Tensor:
-    """Mean over channels of the squares: [B, C, H, W] -> [B, H·W]."""
-    return features.square().mean(dim=1).flatten(1)
-
-
-def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """attention_transfer from both energies [B, H·W], L2-normalised here; a map of zeros stays zero."""
-    return (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().mean()
+    student, teacher = (F.normalize(x.square().mean(dim=1).flatten(1), dim=1) for x in (student, teacher))
+    return (student - teacher).square().mean()
 
 
 def softened_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:

@@ -1,7 +1,8 @@
-"""Triton's interpreter, on CPU tensors, made to round and multiply bf16 as a GPU does.
+"""Triton's interpreter on CPU tensors, corrected so that it rounds and multiplies bf16 as a GPU does.
 
-As it comes it cuts bf16 off where hardware rounds to nearest even, and takes its bit patterns for numbers in a dot and beside fp16.
-With that mended, bf16 is tested with the tolerances of the hardware. It still sees no races, no misalignment, no limits of memory.
+Without the corrections it truncates bf16 instead of rounding to nearest even, and reads the bit patterns of
+bf16 as numbers in a dot and in a cast to fp16. With them, bf16 is tested with the tolerances of the hardware.
+The interpreter cannot see races, misaligned accesses or limits of memory.
 """
 
 import os
@@ -20,6 +21,7 @@ from triton.runtime import interpreter  # noqa: E402
 
 
 def mend() -> None:
+    """Install the corrections. Call this once, before any kernel runs."""
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
 
@@ -46,13 +48,14 @@ def mend() -> None:
     def run_with_room(self, *args, **kwargs):
         return run(self, *args, **kwargs)
 
-    # Python takes memory for frames in pieces of 16 KB, and at an unlucky depth of calls a new piece for every one, which costs as much
-    # as all the rest. A frame that says it is larger than a piece gets one of its own, with room for those of its callees.
+    # Python allocates memory for frames in pieces of 16 KB. At an unlucky depth every call allocates a new
+    # piece, which doubles the time of a test. A frame larger than a piece gets a piece of its own, with room
+    # for its callees.
     run_with_room.__code__ = run_with_room.__code__.replace(co_stacksize=2**14)
     interpreter.GridExecutor.__call__ = run_with_room
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch_lang_tensor(tensor, scope):  # Triton 3.6 makes an int of an array [1], which NumPy 2.4 refuses
+    def patch_lang_tensor(tensor, scope):  # Triton 3.6 calls int() on an array [1], which NumPy 2.4 refuses
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 

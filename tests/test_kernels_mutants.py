@@ -1,8 +1,9 @@
-"""Mutation tests of the losses: each fault of faults.py is seeded into a copy of the kernels, and a compact oracle must see it.
+"""Mutation tests of the losses: each fault of faults.py is seeded into a copy of the kernels, and must be
+found.
 
-The oracle knows nothing of the reference: it is float64 autograd of formulas written here. Launches are cut small, so that small maps
-have several tiles, programs, slices and channel blocks, and all memory lies between walls, so that a dropped mask reads NaN or breaks
-a wall.
+The oracle is independent of the reference: float64 autograd of formulas that are written here. Launches are
+cut so small that small maps have several tiles, programs, slices and blocks of channels. Every tensor lies
+between two walls of known numbers, so that a dropped mask reads NaN or breaks a wall.
 """
 
 import importlib
@@ -23,17 +24,17 @@ from torch import Tensor
 
 pytestmark = [
     pytest.mark.skipif(
-        interpreter.DEVICE != "cpu", reason="faults write beyond tensors: on a GPU they would end the process"
+        interpreter.DEVICE != "cpu",
+        reason="a fault may write beyond a tensor, which on a GPU would end the process",
     ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of NaN and infinity
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns about NaN and inf
 ]
 
 KERNELS = Path(fastvid.kernels.__file__).parent
-WALL = (
-    1 << 12
-)  # elements before and behind each tensor, more than a dropped mask or a wrong stride goes astray here
-# Of a loss, 1e-5: fp32 rounds logarithms, differences, products and sums by 2^-24 each. Of a gradient, relative to its largest element:
-# one rounding in the dot, one of the result, and as much again for what cancels.
+WALL = 1 << 12  # elements before and after each tensor, more than a wrong mask or stride strays
+# A loss: 1e-5, because fp32 rounds logarithms, differences, products and sums by 2^-24 each. A gradient,
+# relative to its largest element: one rounding in the dot, one of the result, and as much again for what
+# cancels.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -41,7 +42,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, t
 
 
 class Walled:
-    """Allocates as torch does, but starts as NaN. Every other element of a wall is NaN, and those between are the tensor's number."""
+    """Allocate as torch does, but filled with NaN. A wall alternates between NaN and the number of its
+    tensor."""
 
     def __init__(self):
         self.buffers = []
@@ -111,15 +113,15 @@ def softened_kl(student, teacher, temperature=4.0):
 
 class Case(NamedTuple):
     formula: object
-    tensors: tuple  # those that require a gradient are asked for one
+    tensors: tuple  # a gradient is computed for those that require one
     options: dict  # eps or temperature
     factor: float
-    upstream: tuple[float, float]  # of a backward and a second one
+    upstream: tuple[float, float]  # for a first and a second backward
 
 
 @cache
 def cases() -> dict[str, Case]:
-    """By name; the part before the comma is the module whose faults a case shall catch."""
+    """Cases by name. The part before the comma is the module whose faults a case should catch."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     generator = torch.Generator().manual_seed(0)
     unscaled = {
@@ -263,7 +265,7 @@ def cases() -> dict[str, Case]:
 
 
 def results(function, tensors, upstream) -> Iterator[Tensor]:
-    """Loss, then gradients of two backward passes over the same graph, read when both are done."""
+    """The loss, then the gradients of two backward passes over the same graph, read after both."""
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     loss = function(*tensors)
     yield loss.detach()
@@ -288,7 +290,7 @@ def expected(name) -> list[Tensor]:
 
 
 def verify(package, name, impl) -> None:
-    """Raises AssertionError where an implementation of this package differs from the formula."""
+    """Raise AssertionError if an implementation of this package differs from the formula."""
     formula, tensors, options, factor, upstream = cases()[name]
     with Walled() as memory:
         if impl == "equation":
@@ -313,48 +315,49 @@ def verify(package, name, impl) -> None:
 
 
 def verify_rescale(package) -> None:
-    """The product in place, on several programs: sizes that 16 divides and does not, and many parameters."""
+    """Check rescale with several programs, sizes that are and are not divisible by 16, and many
+    parameters."""
     for size in (4640, 4099):
         with Walled() as memory:
             gradient, parameters = memory.copy(torch.ones(size)), memory.copy(torch.ones(2500))
-            scaled = package.launch.rescale(gradient, parameters, torch.tensor(0.5))
+            scaled = package.one_pass.rescale(gradient, parameters, torch.tensor(0.5))
         assert (gradient == 0.5).all() and (scaled == 0.5).all()
         memory.check()
 
 
 def verify_all(package, module="") -> None:
-    """The cases of `module` first, and those without the interpreter first."""
+    """Verify all cases: those of `module` first, and those that need no interpreter first."""
     runs = [(name, impl) for impl in ("equation", "reference", "auto", "triton") for name in cases()]
     for name, impl in sorted(runs, key=lambda run: (run[0].split(",")[0] != module, run[1] == "triton")):
         verify(package, name, impl)
     verify_rescale(package)
 
 
-def load(folder: Path, name: str, module="", text="", replacement=""):
-    """A copy of the kernels as a package of another name, with operators of its own, the fault in it, and launches cut small."""
+def load(folder: Path, name: str, module="", occurrence=0, text="", replacement=""):
+    """A copy of the kernels as a package of another name, with operators of its own, one fault, and small
+    launches."""
     (folder / name).mkdir()
     for path in KERNELS.glob("*.py"):
         source = path.read_text()
         if path.stem == module:
-            if source.count(text) != 1:
+            parts, number = source.split(text), occurrence or 1
+            if len(parts) <= number or (len(parts) > 2 and not occurrence):
                 pytest.fail(
-                    f"kernels/{module}.py has {text!r} {source.count(text)} times, not once: renew the fault in tests/faults.py"
+                    f"kernels/{module}.py has {text!r} {len(parts) - 1} times: change tests/faults.py"
                 )
-            source = source.replace(text, replacement)
-        (folder / name / path.name).write_text(
-            source.replace("fastvid.kernels", name).replace("fastvid::", f"{name}::")
-        )
+            source = text.join(parts[:number]) + replacement + text.join(parts[number:])
+        source = source.replace("fastvid.kernels", name).replace("fastvid::", f"{name}::")
+        (folder / name / path.name).write_text(source)
     package = importlib.import_module(name)
-    launches = {
-        cut: launch._replace(rows=16, slice=16, programs=2)
-        for cut, launch in package.projected_vid._LAUNCHES.items()
+    cuts = {
+        key: cut | {"BLOCK_ROWS": 16, "SLICE": 16, "programs": 2}
+        for key, cut in package.projected_vid._CUTS.items()
     }
     for part, constants in (
-        (package.vid, {"_TILE": 32, "_WIDEST": 8, "_PROGRAMS": 6, "FINISH_TILE": 16}),
-        (package.projected_vid, {"_LAUNCHES": launches, "FINISH_TILE": 128, "_SUM_BLOCK": 128}),
+        (package.vid, {"_TILE": 32, "_WIDEST": 8, "_PROGRAMS": 6, "_FINISH_TILE": 32, "_BLOCK_WEIGHTS": 32}),
+        (package.projected_vid, {"_CUTS": cuts}),
         (package.attention, {"_IN_REGISTERS": 128, "_TILE": 64, "_POSITIONS": 8}),
         (package.kd, {"_TILE": 32}),
-        (package.blocked, {"_BLOCK": 64}),
     ):
         assert vars(part).keys() >= constants.keys(), (
             f"{part.__name__} no longer has all of {list(constants)}"
@@ -365,7 +368,7 @@ def load(folder: Path, name: str, module="", text="", replacement=""):
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """`load` into this test's folder; the copy is forgotten afterwards."""
+    """`load` into the folder of this test. The copy is removed from sys.modules afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
     name = f"mutant_of_{tmp_path.name}"  # of its own: torch.library registers operators once
     yield lambda *fault: load(tmp_path, name, *fault)
@@ -377,17 +380,9 @@ def test_the_oracle_passes_a_copy_without_a_fault(copied):
     verify_all(copied())
 
 
-@pytest.mark.parametrize(
-    "module, fault",
-    [
-        pytest.param(module, fault, id=f"{module}-{name}")
-        for module, faults in FAULTS.items()
-        for name, fault in faults.items()
-    ],
-)
-def test_the_oracle_catches_a_seeded_fault(module, fault, copied):
-    package = copied(module, *fault)
-    with pytest.raises(
-        AssertionError
-    ):  # anything else that is raised would be seen anyway, and is no test of the oracle
+@pytest.mark.parametrize("fault", FAULTS, ids="{0[0]}-{0[1]}".format)
+def test_the_oracle_catches_a_seeded_fault(fault, copied):
+    module, _, *change = fault
+    package = copied(module, *change)
+    with pytest.raises(AssertionError):  # any other error would show without the oracle
         verify_all(package, module)

@@ -39,14 +39,6 @@ def test_vid_nll_of_two_channels_by_hand():
     assert reference.vid_nll(mean, target, raw_scale, eps=0.0).item() == pytest.approx(1.2215736, abs=1e-6)
 
 
-def test_vid_nll_with_a_vanishing_scale_has_eps_as_its_variance():
-    # softplus(-200) is 0: ½ [1/0.5 + ln 0.5]
-    value = reference.vid_nll(
-        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([-200.0]), eps=0.5
-    )
-    assert value.item() == pytest.approx(0.6534264, abs=1e-6)
-
-
 def test_vid_nll_adds_an_eps_of_1e_5_unless_told():
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for function in (reference.vid_nll, kernels.vid_nll):
@@ -139,37 +131,6 @@ def test_vid_gradients_are_the_closed_forms(shape):
     torch.testing.assert_close(a.grad, expected, rtol=1e-10, atol=1e-13)  # the difference cancels some digits
 
 
-@pytest.mark.parametrize(
-    "function, inputs",
-    [
-        pytest.param(
-            reference.vid_nll,
-            lambda: (draw(2, 3, 2, 3), draw(2, 3, 2, 3, seed=1), draw(3, seed=2)),
-            id="vid_nll",
-        ),
-        pytest.param(
-            reference.projected_vid_nll,
-            lambda: (
-                draw(2, 4, 2, 3),
-                draw(3, 4, 1, 1, seed=1),
-                draw(3, seed=2),
-                draw(2, 3, 2, 3, seed=3),
-                draw(3, seed=4),
-            ),
-            id="projected_vid_nll",
-        ),
-        pytest.param(
-            reference.attention_transfer,
-            lambda: (draw(2, 3, 2, 3), draw(2, 4, 2, 3, seed=1)),
-            id="attention_transfer",
-        ),
-        pytest.param(reference.softened_kl, lambda: (draw(3, 5), draw(3, 5, seed=1)), id="softened_kl"),
-    ],
-)
-def test_gradients_are_those_of_finite_differences(function, inputs):
-    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in inputs()])
-
-
 # --- properties
 
 
@@ -195,15 +156,6 @@ def test_attention_transfer_ignores_positive_factors_per_image_and_is_zero_for_e
     assert reference.attention_transfer(factor * student, teacher).item() == pytest.approx(expected, **CLOSE)
     assert reference.attention_transfer(student, factor * teacher).item() == pytest.approx(expected, **CLOSE)
     assert reference.attention_transfer(student, -student).item() == 0
-
-
-def test_attention_transfer_looks_at_positions_and_not_at_channels():
-    student, teacher = draw(3, 4, 5, 5), draw(3, 6, 5, 5, seed=1)
-    expected = reference.attention_transfer(student, teacher).item()
-    assert reference.attention_transfer(student.flip(1).repeat(1, 2, 1, 1), teacher).item() == pytest.approx(
-        expected, **CLOSE
-    )
-    assert reference.attention_transfer(student.flip(2), teacher).item() != pytest.approx(expected, rel=1e-3)
 
 
 def test_attention_transfer_of_a_dead_map_is_finite_and_so_is_its_gradient():
@@ -234,47 +186,39 @@ def test_softened_kl_stays_finite_where_a_class_has_no_probability():
     )  # T² times the difference of logits over T
 
 
-# --- the public functions, on every type of number and layout
+# --- the public functions on a CPU, in every dtype
 
-CALLS = {
-    "vid_nll": lambda f, x, y: f(x, y, torch.zeros(3, device=x.device)),
+CALLS = {  # maps x and y; logits far apart, so that little cancels
+    "vid_nll": lambda f, x, y: f(x, y, x.new_zeros(3)),
+    "mean_squared_error": lambda f, x, y: f(x, y),
     "projected_vid_nll": lambda f, x, y: f(
-        x,
-        torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None],
-        None,
-        y,
-        torch.zeros(3, device=x.device),
+        x, torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None], None, y, x.new_zeros(3)
     ),
     "attention_transfer": lambda f, x, y: f(x, y),
-    "softened_kl": lambda f, x, y: f(
-        8 * x[:, :, 0, 0], 8 * y[:, :, 0, 0]
-    ),  # far apart, so that little cancels
+    "softened_kl": lambda f, x, y: f(8 * x[:, :, 0, 0], 8 * y[:, :, 0, 0]),
 }
 each_function = pytest.mark.parametrize("name", CALLS)
 
 
-def call(name, x, y, home=kernels):
-    return CALLS[name](getattr(home, name), x, y)
+def call(name, x, y):
+    return CALLS[name](getattr(kernels, name), x, y)
 
 
 @each_function
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_loss_of_half_precision_maps_is_the_fp32_loss_of_the_same_numbers(name, dtype, device):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_loss_is_that_of_the_same_numbers_in_fp64_and_gradients_keep_their_dtype(name, dtype, device):
     x, y = (draw(2, 3, 4, 4, seed=seed).to(device, dtype) for seed in (0, 1))
-    value = call(name, x, y)
-    assert value.shape == () and value.dtype == torch.float32
-    expected = CALLS[name](
-        lambda *args: getattr(reference, name)(*(a if a is None else a.double() for a in args)), x, y
-    ).item()
-    # fp32 rounds logarithms, differences, squares, products and sums by 2^-24 each, and the differences cancel at most one digit
-    assert value.item() == pytest.approx(expected, rel=1e-5)
+    value = call(name, x.requires_grad_(), y)
+    assert value.shape == () and value.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
+    def exact(*tensors):
+        return getattr(reference, name)(*(t if t is None else t.double() for t in tensors))
 
-@pytest.mark.parametrize("name", ["vid_nll", "projected_vid_nll"])
-def test_the_gradient_of_half_precision_maps_has_their_type(name):
-    x = draw(2, 3, 4, 4).bfloat16().requires_grad_()
-    call(name, x, draw(2, 3, 4, 4, seed=1).bfloat16()).backward()
-    assert x.grad.dtype == torch.bfloat16 and x.grad.abs().sum() > 0
+    # fp32 rounds logarithms, differences, squares, products and sums by 2^-24 each, and the differences
+    # cancel at most one digit.
+    assert value.item() == pytest.approx(CALLS[name](exact, x, y).item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.dtype == dtype and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["vid_nll", "projected_vid_nll"])
@@ -285,35 +229,13 @@ def test_residuals_of_300_in_fp16_do_not_overflow(name):
 
 
 def test_attention_of_values_of_300_in_fp16_does_not_overflow():
-    x = torch.full((1, 2, 1, 2), 300.0, dtype=torch.float16)
-    assert kernels.attention_transfer(x, torch.tensor([[[[1.0, 0.0]]]])).item() == pytest.approx(
-        1 - 0.5**0.5, rel=1e-6
-    )
-
-
-@each_function
-def test_fp64_stays_fp64(name):
-    x, y = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
-    assert call(name, x, y).dtype == torch.float64
-
-
-@each_function
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(lambda x: x.to(memory_format=torch.channels_last), id="channels-last"),
-        pytest.param(lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), id="transposed"),
-        pytest.param(lambda x: torch.cat((x, x))[2:], id="part-of-a-larger-tensor"),
-    ],
-)
-def test_the_layout_in_memory_does_not_matter(name, layout):
-    x, y = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
-    assert call(name, layout(x), y).item() == pytest.approx(call(name, x, y).item(), **CLOSE)
+    x, y = torch.full((1, 2, 1, 2), 300.0, dtype=torch.float16), torch.tensor([[[[1.0, 0.0]]]])
+    assert kernels.attention_transfer(x, y).item() == pytest.approx(1 - 0.5**0.5, rel=1e-6)
 
 
 @each_function
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_nan_propagates(name, side):
+def test_nan_in_either_map_makes_the_loss_nan(name, side):
     x, y = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
     (x if side == "student" else y)[0, 0, 0, 0] = math.nan
     assert call(name, x, y).isnan()

@@ -1,6 +1,7 @@
-"""The Triton losses against float64: loss and every gradient, on chosen and on thousands of drawn inputs, layouts and uses.
+"""The Triton losses against float64: the loss and every gradient, on chosen and drawn inputs, layouts and
+uses.
 
-Without a GPU they run in Triton's interpreter, with one they run natively: the same tests, the same tolerances.
+Without a GPU they run in Triton's interpreter, on a GPU natively: the same tests with the same tolerances.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvid.kernels import attention, kd, launch, projected_vid, vid
+from fastvid.kernels import attention, kd, one_pass, projected_vid, vid
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from interpreter import DEVICE
@@ -36,9 +37,10 @@ only_interpreted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_balanced_interpreter():
-    """Five times as fast: the interpreter patches Triton's language anew for every function, where once will do, and checks all integers
-    for overflow, which in maps as small as most of these has nothing to find. And as exact as a GPU, which adds the rows of a tile in a
-    tree: NumPy would add them one after the other, unless they lie side by side."""
+    """Make the interpreter five times as fast: patch Triton's language once instead of for every function,
+    and do not check integers for overflow, which cannot occur in small maps. Make its sums as exact as those
+    of a GPU, which adds the rows of a tile in a tree: NumPy adds them one after the other unless they are
+    contiguous."""
     if DEVICE != "cpu":
         yield
         return
@@ -95,8 +97,9 @@ def inputs_of(
     raw=(-2.0, 2.0),
     seed=0,
 ):
-    """Every input of `op` by name. `other`: dtype of the teacher's side. `near`: the teacher's numbers are the student's times 1 + near·n,
-    where the shapes allow it. `channels`: of the teacher's map (attention), or of the hidden map (projected)."""
+    """Every input of `op` by name. `other`: dtype of the teacher's side. `near`: the teacher's numbers are
+    the student's times 1 + near·n, where the shapes allow it. `channels`: of the teacher's map (attention),
+    or of the hidden map (projected)."""
     other, teacher_times = other or dtype, teacher_times or times
     batch, width, *positions = shape
 
@@ -159,7 +162,8 @@ def _dense(x):
 
 
 def learners(inputs):
-    """What usually learns: everything that is there, but for the target of a projection, which would take it out of the kernel."""
+    """What usually learns: everything that is there, but for the target of a projection, which would take it
+    out of the kernel."""
     return [
         name
         for name, value in inputs.items()
@@ -192,17 +196,18 @@ def evaluate(op, inputs, *, impl="triton", wanted=None, layout="dense", upstream
 
 # --- how exact a result has to be
 #
-# exact: the same function in float64 on the same rounded inputs.  eager: the reference on the same inputs and dtypes.
-# magnitude: what exact would be had nothing cancelled, Σ |terms|; in fp32 each term is off by some roundings of 2^-24, relative to it.
-# A difference of inputs is exact but for one rounding, so |mean - target| is its own magnitude; a difference of computed values is
-# not; a term counts as often as the variance divides it; a logarithm turns the relative error of its argument into an absolute one,
-# hence the "+ 1".
-# coarse: Σ of the ulps of all 16-bit roundings on the way. The unit of error of an element is one fp32 ulp of its magnitude, and a
-# quarter of its 16-bit ulps, so that 4 units hold two 16-bit roundings, to nearest: of the gradient, and of its product with upstream.
-# Then, element by element, error ≤ 2 · (eager's largest error in units) + 4 units. In addition, whatever eager does, the root mean
-# square of the error is at most 1e-6 of the magnitude, and of 16-bit results 4e-3 (bf16) and 5e-4 (fp16) of themselves, and half an
-# ulp for each rounding on the way. These hold one rounding (2^-8, 2^-11); what is written for an upstream gradient of 1 and scaled by
-# another, in bf16 only, is rounded twice, and may be twice as far off.
+# exact: the same function in float64 on the same rounded inputs.  eager: the reference on the same inputs and
+# dtypes. magnitude: what exact would be had nothing cancelled, Σ |terms|; in fp32 each term is off by some
+# roundings of 2^-24, relative to it. A difference of inputs is exact but for one rounding, so |mean - target|
+# is its own magnitude; a difference of computed values is not; a term counts as often as the variance divides
+# it; a logarithm turns the relative error of its argument into an absolute one, hence the "+ 1". coarse: Σ of
+# the ulps of all 16-bit roundings on the way. The unit of error of an element is one fp32 ulp of its
+# magnitude, and a quarter of its 16-bit ulps, so that 4 units hold two 16-bit roundings, to nearest: of the
+# gradient, and of its product with upstream. Then, element by element, error ≤ 2 · (eager's largest error in
+# units) + 4 units. In addition, whatever eager does, the root mean square of the error is at most 1e-6 of the
+# magnitude, and of 16-bit results 4e-3 (bf16) and 5e-4 (fp16) of themselves, and half an ulp for each
+# rounding on the way. These hold one rounding (2^-8, 2^-11); what is written for an upstream gradient of 1
+# and scaled by another, in bf16 only, is rounded twice, and may be twice as far off.
 CAPS = {fp32: 0.0, bf16: 4e-3, fp16: 5e-4}
 LEAST = {
     fp32: 2.0**-100,
@@ -225,7 +230,8 @@ def ulp(x: Tensor, dtype) -> Tensor:
 
 
 def allowed_likelihood(residual, doubt, raw_scale, eps, lost=0.0):
-    """Of the loss and raw_scale. Errors of the residual are relative to `doubt`; `lost` are its 16-bit ulps."""
+    """Of the loss and raw_scale. Errors of the residual are relative to `doubt`; `lost` are its 16-bit
+    ulps."""
     variance, size, r = F.softplus(raw_scale) + eps, residual[0].numel() * len(residual), residual.abs()
     v = variance[:, None, None]
     square, lost_square = (r + 2 * doubt) * r, 2 * r * lost
@@ -262,8 +268,9 @@ def allowed_mean_squared_error(prediction, target, number=1.0):
 def allowed_projected_vid_nll(
     hidden, weight, bias, target, raw_scale, eps=1e-5, number=1.0, factor=1.0, dtype=fp32, fused=False
 ):
-    """In the kernel d = ∂loss/∂mean is rounded once to the dtype of hidden, in bf16 before it is multiplied by upstream, in fp16 after.
-    As a convolution the mean, the bias and all its gradients are in that dtype, and d is rounded twice: before and after upstream."""
+    """In the kernel d = ∂loss/∂mean is rounded once to the dtype of hidden, in bf16 before it is multiplied
+    by upstream, in fp16 after. As a convolution the mean, the bias and all its gradients are in that dtype,
+    and d is rounded twice: before and after upstream."""
     bias = torch.zeros_like(raw_scale) if bias is None else bias
     mean = F.conv2d(hidden, weight, bias)
     doubt = F.conv2d(hidden.abs(), weight.abs(), bias.abs()) + target.abs()
@@ -338,7 +345,7 @@ def check(op, inputs, *, wanted=None, layout="dense", upstream="1", factor=1.0, 
         value = inputs.get(name)
         assert x.dtype == (fp32 if value is None else value.dtype) and x.shape == exact[name].shape, name
         most, times = torch.finfo(x.dtype).max, factor if value is None else number
-        assert x.isnan().sum() == 0, f"{name} of {op} is NaN"
+        assert not x.isnan().any(), f"{name} of {op} is NaN"
         x, e, r = (
             t.double().clamp(-most, most) for t in (x, eager[name], exact[name])
         )  # beyond the largest number it is infinity
@@ -368,7 +375,8 @@ def runs_in_kernel(inputs, wanted):
 
 @contextmanager
 def memory_starts_as_nan():
-    """New floating-point memory of the kernels' own is NaN, so that an element that is never written shows."""
+    """New floating-point memory of the kernels' own is NaN, so that an element that is never written
+    shows."""
 
     def poisoned(make):
         def made(*args, **kwargs):
@@ -396,7 +404,7 @@ def cut(module, constants):
 # --- drawn inputs
 
 many = settings(
-    max_examples=2000 if DEVICE == "cpu" else 200,  # on a GPU nearly every example is compiled
+    max_examples=300 if DEVICE == "cpu" else 200,  # on a GPU nearly every example is compiled
     derandomize=True,
     database=None,
     deadline=None,
@@ -528,8 +536,8 @@ def test_projected_vid_nll_of_drawn_maps_is_exact_enough(
         seed=seed,
     )
     factor *= room(inputs, eps=eps, factor=factor, upstream=upstream)
-    launches = {key: launch._replace(programs=programs) for key, launch in projected_vid._LAUNCHES.items()}
-    with memory_starts_as_nan(), cut(projected_vid, {"_LAUNCHES": launches, "_SUM_BLOCK": 1024}):
+    cuts = {key: value | {"programs": programs} for key, value in projected_vid._CUTS.items()}
+    with memory_starts_as_nan(), cut(projected_vid, {"_CUTS": cuts}), cut(vid, {"_BLOCK_WEIGHTS": 1024}):
         check(
             "projected_vid_nll",
             inputs,
@@ -542,7 +550,8 @@ def test_projected_vid_nll_of_drawn_maps_is_exact_enough(
 
 
 def room(inputs, **options):
-    """A power of two that keeps all 16-bit gradients, that of the mean among them, below 16384: infinities say nothing."""
+    """A power of two that keeps all 16-bit gradients, that of the mean among them, below 16384: infinities
+    say nothing."""
     exact = {name: x if x is None else x.double() for name, x in inputs.items()}
     wanted = [name for name in exact if exact[name] is not None and name != "raw_scale"]
     gradients = evaluate("projected_vid_nll", exact, impl="reference", wanted=wanted, **options)
@@ -630,24 +639,20 @@ def test_softened_kl_matches_float64(shape, dtype):
 def test_projection_matches_float64(channels, hidden, in_kernel, bias, weight_dtype, dtype):
     inputs = inputs_of("projected_vid_nll", (3, channels, 9, 9), dtype=dtype, channels=hidden, bias=bias)
     inputs["weight"] = inputs["weight"].to(weight_dtype or dtype)
-    with cut(projected_vid, {"_SUM_BLOCK": max(64, channels * hidden // 128)}):  # 128 programs at most
+    with cut(vid, {"_BLOCK_WEIGHTS": max(64, channels * hidden // 128)}):  # 128 programs at most
         assert_in_kernel(in_kernel, lambda: check("projected_vid_nll", inputs, upstream="stride-0"))
 
 
 @pytest.mark.parametrize("dtype, with_target", [(fp32, False), (fp32, True), (bf16, True), (fp16, True)])
-def test_projection_in_fp32_or_with_a_learning_target_is_a_convolution_and_matches_float64(
-    dtype, with_target
-):
+def test_projection_in_fp32_or_with_a_learned_target_is_a_convolution(dtype, with_target):
     inputs = inputs_of("projected_vid_nll", (3, 16, 5, 7), dtype=dtype)
     wanted = learners(inputs) + ["target"] * with_target
     assert_in_kernel(False, lambda: check("projected_vid_nll", inputs, wanted=wanted, upstream="stride-0"))
 
 
 def assert_in_kernel(expected, function):
-    calls, original = [], projected_vid._launch
-    with cut(
-        projected_vid, {"_launch": lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)}
-    ):
+    calls, original = [], projected_vid._projected_vid_nll
+    with cut(projected_vid, {"_projected_vid_nll": lambda *args: calls.append(1) or original(*args)}):
         function()
     assert bool(calls) == expected
 
@@ -673,7 +678,7 @@ def assert_same_bits(first, second):
 
 @each_op
 @each_dtype
-def test_equal_inputs_give_equal_bits_and_every_element_is_written_when_memory_starts_as_nan(op, dtype):
+def test_equal_inputs_give_equal_bits_also_when_memory_starts_as_nan(op, dtype):
     inputs = small(op, dtype)
     for upstream in UPSTREAM:
         first = evaluate(op, inputs, upstream=upstream)
@@ -684,7 +689,7 @@ def test_equal_inputs_give_equal_bits_and_every_element_is_written_when_memory_s
 
 @each_op
 @each_dtype
-def test_a_gradient_is_right_when_it_is_the_only_one_that_is_wanted(op, dtype):
+def test_a_gradient_matches_float64_when_it_is_the_only_one(op, dtype):
     inputs = small(op, dtype)
     for name in learners(inputs):
         check(op, inputs, wanted=[name], upstream="stride-0")
@@ -715,7 +720,7 @@ def test_a_second_backward_adds_the_same_gradient_and_leaves_the_first_alone(op,
 
 @each_op
 @each_dtype
-def test_the_gradient_of_one_input_leaves_those_of_the_others_for_later(op, dtype):
+def test_gradients_of_the_inputs_can_be_taken_one_after_the_other(op, dtype):
     leaves = learning(small(op, dtype))
     expected, loss = evaluate(op, small(op, dtype)), getattr(kernels, op)(**leaves, impl="triton")
     for name in reversed(learners(leaves)):
@@ -743,7 +748,7 @@ def test_a_gradient_that_forward_wrote_is_scaled_by_upstream(op):
         torch.testing.assert_close(thrice[name], 3 * once[name], rtol=2**-7, atol=0)  # one rounding of each
 
 
-# --- what is not finite, and what is empty
+# --- NaN, inf and empty tensors
 
 
 def assert_as_reference(op, inputs):
@@ -757,7 +762,7 @@ def assert_as_reference(op, inputs):
 @each_op
 @each_dtype
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_come_out_where_the_reference_has_them(op, dtype, value):
+def test_nan_and_inf_appear_where_the_reference_has_them(op, dtype, value):
     for name, x in small(op, dtype).items():
         inputs = small(op, dtype)
         inputs[name][(x.shape[0] // 2, *(size // 2 for size in x.shape[1:]))] = value
@@ -766,7 +771,7 @@ def test_nan_and_infinity_come_out_where_the_reference_has_them(op, dtype, value
 
 @each_op
 @each_dtype
-def test_of_no_images_the_loss_is_nan_and_the_gradients_are_those_of_the_reference(op, dtype):
+def test_a_batch_without_images_has_the_loss_nan_and_the_gradients_of_the_reference(op, dtype):
     assert evaluate(op, small(op, dtype, batch=0))["loss"].isnan()
     assert_as_reference(op, small(op, dtype, batch=0))
 
@@ -775,7 +780,7 @@ def test_of_no_images_the_loss_is_nan_and_the_gradients_are_those_of_the_referen
 @pytest.mark.parametrize(
     "op", ["vid_nll", "mean_squared_error", "attention_transfer"]
 )  # a convolution refuses such maps
-def test_of_no_positions_the_loss_is_nan_and_the_gradients_are_those_of_the_reference(op, dtype):
+def test_maps_without_positions_have_the_loss_nan_and_the_gradients_of_the_reference(op, dtype):
     assert evaluate(op, small(op, dtype, height=0))["loss"].isnan()
     assert_as_reference(op, small(op, dtype, height=0))
 
@@ -784,7 +789,8 @@ def test_of_no_positions_the_loss_is_nan_and_the_gradients_are_those_of_the_refe
 
 
 def run_last(kernel, programs, *args, **constants):
-    """Runs the last program alone, so that of memory that was only reserved it touches but its own part; integers are checked."""
+    """Runs the last program alone, so that of memory that was only reserved it touches but its own part;
+    integers are checked."""
     builder = interpreter.interpreter_builder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "options", interpreter.InterpreterOptions())
@@ -794,68 +800,39 @@ def run_last(kernel, programs, *args, **constants):
         kernel[(1,)](*args, **constants)
 
 
+def reserve(*shape, count=1, dtype=fp16):
+    """Memory that is reserved but not touched, so that it costs nothing."""
+    tensors = [torch.empty(*shape, dtype=dtype) for _ in range(count)]
+    return tensors if count > 1 else tensors[0]
+
+
 @only_interpreted
 def test_the_last_program_of_the_residual_kernel_reads_and_writes_beyond_2_to_the_31():
     rows, channels = 2**24 + 40, 128
-    mean, target, gradient = (torch.empty(rows, channels, dtype=fp16) for _ in range(3))
+    mean, target, gradient = reserve(rows, channels, count=3)
     mean[-8:], target[-8:] = 2, 5
-    programs = launch.cdiv(rows, 32)
+    programs = -(-rows // 32)
     partial = torch.empty(programs, channels)
-    run_last(
-        vid._residual_kernel,
-        programs,
-        mean,
-        target,
-        None,
-        None,
-        partial,
-        gradient,
-        rows,
-        1,
-        0.0,
-        0.25,
-        CHANNELS=channels,
-        BLOCK_ROWS=32,
-        BLOCK_CHANNELS=128,
+    tensors, constants = (
+        (mean, target, None, None, partial, gradient),
+        {"CHANNELS": channels, "BLOCK_ROWS": 32},
     )
+    run_last(vid._residual_kernel, programs, *tensors, rows, 1, 0.0, 0.25, BLOCK_CHANNELS=128, **constants)
     assert (gradient[-8:] == -1.5).all() and (partial[-1] == 8 * 9).all()  # -3 · ¼ / ½
 
 
 @only_interpreted
 def test_the_last_program_of_the_projection_reads_and_writes_beyond_2_to_the_31():
     rows, channels = 2**27 + 8, 16
-    hidden, target, gradient = (torch.empty(rows, channels, dtype=fp16) for _ in range(3))
+    hidden, target, gradient = reserve(rows, channels, count=3)
     hidden[-8:], target[-8:] = 1, torch.arange(16)
-    programs = launch.cdiv(rows, 64)
-    square, residual, weight_partial = (
-        torch.empty(programs, 16),
-        torch.empty(programs, 16),
-        torch.empty(programs, 16, 16),
-    )
-    run_last(
-        projected_vid._projection_kernel,
-        programs,
-        hidden,
-        torch.eye(16),
-        None,
-        target,
-        torch.full((16,), -200.0),
-        None,
-        square,
-        residual,
-        gradient,
-        weight_partial,
-        rows,
-        1,
-        0.5,
-        0.25,
-        CHANNELS=16,
-        HIDDEN=16,
-        BLOCK_ROWS=64,
-        BLOCK_CHANNELS=16,
-        BLOCK_HIDDEN=16,
-        SLICE=16,
-    )
+    programs = -(-rows // 64)
+    square, residual = torch.empty(2, programs, 16)
+    weight_partial = torch.empty(programs, 16, 16)
+    inputs = (hidden, torch.eye(16), None, target, torch.full((16,), -200.0), None)
+    outputs, sizes = (square, residual, gradient, weight_partial), ("CHANNELS", "HIDDEN", "SLICE")
+    constants = dict.fromkeys((*sizes, "BLOCK_CHANNELS", "BLOCK_HIDDEN"), 16) | {"BLOCK_ROWS": 64}
+    run_last(projected_vid._projection_kernel, programs, *inputs, *outputs, rows, 1, 0.5, 0.25, **constants)
     expected = 1 - torch.arange(16.0)
     assert (residual[-1] == 8 * expected).all() and (square[-1] == 8 * expected**2).all()
     assert (gradient[-8:] == expected / 2).all() and (weight_partial[-1] == 4 * expected[:, None]).all()
@@ -863,63 +840,32 @@ def test_the_last_program_of_the_projection_reads_and_writes_beyond_2_to_the_31(
 
 @pytest.mark.parametrize("channels", [1, 100, 128, 4096, 65536, 2**20])
 def test_no_program_of_the_residual_kernel_walks_beyond_2_to_the_31_elements(channels):
-    walked = []
-
-    class Recorded:
-        def __getitem__(self, grid):
-            return lambda *args, **constants: walked.append((grid[0], args[7], constants["BLOCK_ROWS"]))
-
-    mean = torch.empty(2**37 // channels, channels, 1, 1, dtype=fp16, device="meta")
-    with cut(vid, {"_residual_kernel": Recorded()}):
-        vid._launch(mean, mean, None, None, 0.0, 1.0, with_loss=True, with_gradient=True)
-    ((programs, tiles, block_rows),) = walked
-    assert tiles * block_rows * channels <= 2**31 and programs * tiles * block_rows >= 2**37 // channels
+    rows = 2**37 // channels
+    programs, _, tiles, constants = vid._cut(rows, channels)
+    rows_each = tiles * constants["BLOCK_ROWS"]
+    assert rows_each * channels <= 2**31 and programs * rows_each >= rows
 
 
 @only_interpreted
-@pytest.mark.parametrize("in_registers", [True, False])
-def test_the_last_image_of_attention_transfer_is_read_and_written_beyond_2_to_the_31(in_registers):
+@pytest.mark.parametrize("kernel", ["_attention_kernel", "_tiled_attention_kernel"])
+def test_the_last_image_of_attention_transfer_is_read_and_written_beyond_2_to_the_31(kernel):
     images, positions, channels = 2**25 + 1, 4, 16
-    student, teacher, gradient = (torch.empty(images, positions, channels, dtype=fp16) for _ in range(3))
+    student, teacher, gradient = reserve(images, positions, channels, count=3)
     student[-1], teacher[-1], loss = 1, torch.tensor([1.0, 0, 0, 0])[:, None], torch.empty(images)
-    run_last(
-        attention._attention_kernel,
-        images,
-        student,
-        teacher,
-        None,
-        loss,
-        gradient,
-        positions,
-        1.0,
-        STUDENT_CHANNELS=channels,
-        TEACHER_CHANNELS=channels,
-        BLOCK_POSITIONS=4,
-        STUDENT_BLOCK=16,
-        TEACHER_BLOCK=16,
-        IN_REGISTERS=in_registers,
-    )
+    sizes = ("STUDENT_CHANNELS", "TEACHER_CHANNELS", "STUDENT_BLOCK", "TEACHER_BLOCK")
+    constants = dict.fromkeys(sizes, 16) | {"BLOCK_POSITIONS": 4}
+    tensors = (student, teacher, None, loss, gradient)
+    run_last(getattr(attention, kernel), images, *tensors, positions, 1.0, **constants)
     assert loss[-1] == 1  # Q = (½, ½, ½, ½) and (1, 0, 0, 0); D - Q·⟨D, Q⟩ = (-½ - ¼·½·..., ...)
     assert (gradient[-1, 0] == -0.0625 * 1.5).all()
 
 
 @only_interpreted
 def test_the_last_program_of_rescale_reads_and_writes_beyond_2_to_the_31():
-    gradient, nothing = torch.empty(2**31 + 32, dtype=fp16), torch.empty(0)
+    gradient, nothing, upstream = reserve(2**31 + 32), torch.empty(0), torch.tensor(3.0)
     gradient[-32:] = 2
-    tiles = launch.cdiv(len(gradient), 2048)
-    run_last(
-        launch._rescale_kernel,
-        tiles,
-        gradient,
-        nothing,
-        nothing,
-        torch.tensor(3.0),
-        len(gradient) // 16,
-        0,
-        BLOCK=2048,
-        UNIT=16,
-    )
+    tensors, programs = (gradient, nothing, nothing, upstream), -(-len(gradient) // 2048)
+    run_last(one_pass._rescale_kernel, programs, *tensors, len(gradient) // 16, 0, BLOCK=2048, UNIT=16)
     assert (gradient[-32:] == 6).all()
 
 

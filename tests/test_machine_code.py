@@ -1,4 +1,5 @@
-"""What the compiler makes of the kernels that a training step launches, read from the machine code. Needs no GPU."""
+"""The machine code of the kernels that a training step launches: spills, registers, accesses. Needs no
+GPU."""
 
 import json
 import os
@@ -9,18 +10,15 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "machine_code.py"
-SHARED = {
-    "sm_80": 163,
-    "sm_90": 227,
-    "sm_100": 227,
-    "sm_120": 99,
-}  # KB that one program may have (CUDA programming guide)
-# Registers of a thread. A multiprocessor has 65,536: residual and rescale count on four programs of 128 threads there, attention on
-# one of 512. The projection takes what it needs short of spilling, which is at 255.
+# KB of shared memory that one program may have (CUDA programming guide)
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+# Registers of a thread. A multiprocessor has 65,536: residual and rescale need room for four programs of 128
+# threads, attention for one of 512. The projection may take all 255 that a thread can have without a spill.
 BUDGET = {
     "residual_kernel": 128,
     "rescale_kernel": 128,
     "attention_kernel": 128,
+    "tiled_attention_kernel": 128,
     "softened_kl_kernel": 128,
     "finish_kernel": 128,
     "projection_kernel": 255,
@@ -48,7 +46,7 @@ def test_every_kernel_compiles_for_every_architecture_in_every_precision_of_a_st
     assert {(row["kernel"], row["arch"]) for row in rows} == {
         (kernel, arch) for kernel in BUDGET for arch in SHARED
     }
-    for op, taps in [("vid_nll", 4), ("attention_transfer", 4), ("projected_vid_nll", 8)]:
+    for op, taps in [("vid_nll", 4), ("attention_transfer", 5), ("projected_vid_nll", 8)]:
         assert len({row["op"] for row in rows if row["op"].split()[0] == op and "bf16" in row["op"]}) == taps
 
 

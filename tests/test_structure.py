@@ -27,9 +27,8 @@ cache decode
 datasets
 checkpoint loader table
 plots
-kernels.launch kernels.reference
-kernels.checks
-kernels.blocked
+kernels.triton_support kernels.reference
+kernels.checks kernels.launch kernels.one_pass
 kernels.attention kernels.kd kernels.vid
 kernels.projected_vid
 kernels
