@@ -319,13 +319,13 @@ def _load_folder(root: Path, split: str) -> Arrays:
 
 
 def _folder_key(files: list[tuple[Path, int]]) -> str:
-    """Changes when a file is added, removed, renamed or written, also with its old date, or when another decoder reads them."""
+    """Changes when a file is added, removed, renamed or written, also with its old date."""
     states = ((path.relative_to(path.parents[2]), label, path.stat()) for path, label in files)
     text = "\n".join(
         f"{name} {label} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
         for name, label, state in states
     )
-    return f"{decode.decoder()} {hashlib.sha256(text.encode()).hexdigest()}"
+    return f"pillow {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _read_folder(files: list[tuple[Path, int]], class_names: tuple[str, ...]) -> Arrays:
@@ -358,13 +358,6 @@ def _list_images(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]
             raise InputError(
                 f"{folder / name} holds no .png or .jpg file: put the images of this class there or remove the folder"
             )
-        for path in found:
-            try:
-                path.name.encode()
-            except UnicodeEncodeError as error:  # DALI takes no other names
-                raise InputError(
-                    f"{folder / name}: the file name {ascii(path.name)} is not UTF-8: rename it"
-                ) from error
         files += [(path, label) for path in found]
     return files, class_names
 

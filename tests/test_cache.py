@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -94,17 +93,6 @@ def test_a_changed_folder_is_decoded_again(folder, change):
     change(folder / "train/ant/0.png")
     after = load(folder)
     assert not np.array_equal(after.images, before.images) and same(load(folder), after)
-
-
-def test_another_decoder_does_not_use_the_cache_of_the_first(folder, monkeypatch):
-    if not decode.dali_is_installed():
-        pytest.skip("DALI is not installed")
-    load(folder)
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    decoded, images = [], decode.images
-    monkeypatch.setattr(decode, "images", lambda paths: decoded.extend(paths) or images(paths))
-    load(folder)
-    assert len(decoded) == 8
 
 
 def test_a_damaged_cache_is_reported_and_made_again_never_silently_different(folder, capsys):

@@ -1,4 +1,4 @@
-"""Files of images to pixels: the same by DALI and by Pillow, and a damaged one is named."""
+"""Files of images to pixels: a damaged file is named."""
 
 import io
 import sys
@@ -11,17 +11,6 @@ from fastvid import decode
 from fastvid.errors import InputError
 
 GREEN = (10, 200, 30)
-
-
-@pytest.fixture(params=["dali", "pillow"])
-def decoder(request, monkeypatch):
-    """Each decoder."""
-    if request.param == "pillow":
-        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    elif not decode.dali_is_installed():
-        pytest.skip("DALI is not installed")
-    assert decode.decoder() == request.param
-    return request.param
 
 
 def noise(height=32, width=32, seed=0):
@@ -37,65 +26,10 @@ def noise(height=32, width=32, seed=0):
     )
 
 
-def grey16():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16))
-
-
-def alpha():
-    image = noise().convert("RGBA")
-    image.putalpha(noise(seed=1).convert("L"))
-    return image
-
-
-def palette(**info):
-    image = noise().convert("P")
-    image.info.update(info)
-    return image
-
-
-def turned():
-    exif = Image.Exif()
-    exif[0x112] = 6  # a camera held upright
-    return {"format": "JPEG", "exif": exif}
-
-
-FORMATS = {
-    "rgb.png": (noise(), {"format": "PNG"}),
-    "grey.png": (noise().convert("L"), {"format": "PNG"}),
-    "grey-16-bit.png": (grey16(), {"format": "PNG"}),
-    "black-and-white.png": (noise().convert("1"), {"format": "PNG"}),
-    "palette.png": (palette(), {"format": "PNG"}),
-    "transparent-palette.png": (palette(), {"format": "PNG", "transparency": 3}),
-    "alpha.png": (alpha(), {"format": "PNG"}),
-    "grey-alpha.png": (alpha().convert("LA"), {"format": "PNG"}),
-    "444.jpg": (noise(), {"format": "JPEG", "quality": 90, "subsampling": 0}),
-    "422.jpg": (noise(), {"format": "JPEG", "quality": 75, "subsampling": 1}),
-    "420.jpeg": (noise(), {"format": "JPEG", "quality": 60, "subsampling": 2}),
-    "progressive.JPG": (noise(), {"format": "JPEG", "progressive": True}),
-    "grey.jpg": (noise().convert("L"), {"format": "JPEG"}),
-    "cmyk.jpg": (noise().convert("CMYK"), {"format": "JPEG"}),
-    "turned.jpg": (noise(), turned()),
-    "jpeg-by-content.png": (noise(), {"format": "JPEG"}),
-}
-
-
 def save(folder, name, image, options):
     path = folder / name
     image.save(path, **options)
     return path
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillow(
-    name, tmp_path, monkeypatch
-):
-    if not decode.dali_is_installed():
-        pytest.skip("DALI is not installed")
-    path = save(tmp_path, name, *FORMATS[name])
-    by_dali = decode.images([path])
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert by_dali.shape == (1, 32, 32, 3) and by_dali.dtype == np.uint8
-    assert np.array_equal(by_dali, decode.images([path]))
 
 
 @pytest.mark.parametrize(
@@ -110,23 +44,11 @@ def test_files_of_32_by_32_pixels_decode_to_the_same_pixels_by_dali_and_by_pillo
         ),
     ],
 )
-def test_other_pixel_formats_become_rgb(image, expected, tmp_path, decoder):
+def test_other_pixel_formats_become_rgb(image, expected, tmp_path):
     assert (decode.images([save(tmp_path, "a.png", image, {})]) == expected).all()
 
 
-@pytest.mark.parametrize("size", [(500, 375), (53, 77), (32, 48), (33, 33), (20, 24), (1, 1)], ids=str)
-def test_scaled_images_of_dali_and_pillow_differ_by_a_few_levels(size, tmp_path, monkeypatch):
-    if not decode.dali_is_installed():
-        pytest.skip("DALI is not installed")
-    paths = [save(tmp_path, f"{seed}.png", noise(*size, seed), {}) for seed in range(8)]
-    by_dali = decode.images(paths).astype(int)
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    difference = np.abs(by_dali - decode.images(paths))
-    # both round to uint8 after each axis, and DALI tabulates the kernel; another filter or half a pixel's shift is off by 20 and more
-    assert difference.max() <= 6 and difference.mean() < 0.5
-
-
-def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(tmp_path, decoder):
+def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(tmp_path):
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[..., 0] = 255
     pixels[:32, 16:80] = (0, 50, 0)  # the central square: dark above, bright below
@@ -137,8 +59,8 @@ def test_an_image_of_another_size_is_cropped_at_its_centre_and_scaled_upright(tm
     assert (image[:14, 2:-2, 1] == 50).all() and (image[18:, 2:-2, 1] == 250).all()
 
 
-def test_images_come_in_the_order_of_their_files_over_many_batches(tmp_path, decoder):
-    colours = np.random.default_rng(0).integers(0, 256, (150, 3), dtype=np.uint8)  # 64 + 64 + 22
+def test_images_come_in_the_order_of_their_files(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (150, 3), dtype=np.uint8)
     plain = [Image.new("RGB", (32, 32), tuple(colour)) for colour in colours.tolist()]
     paths = [save(tmp_path, f"{index}.png", image, {}) for index, image in enumerate(plain)]
     assert np.array_equal(decode.images(paths), np.broadcast_to(colours[:, None, None], (150, 32, 32, 3)))
@@ -173,7 +95,7 @@ def with_components(count):
 )
 @pytest.mark.parametrize("position", [0, 70])  # alone, and among many
 def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(
-    content, position, tmp_path, decoder, capfd
+    content, position, tmp_path, capfd
 ):
     paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(position + 2)]
     paths[position].write_bytes(content)
@@ -184,15 +106,15 @@ def test_a_damaged_image_is_named_with_the_remedy_and_nothing_else_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
-def test_decoding_shows_its_progress_on_a_terminal(tmp_path, decoder, monkeypatch, capsys):
+def test_decoding_shows_its_progress_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     decode.images([save(tmp_path, "a.png", noise(), {})])
     assert "decoding" in capsys.readouterr().err
 
 
-def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path, decoder):
+def test_whatever_a_damaged_file_holds_it_is_read_or_named(tmp_path):
     random, read, named = np.random.default_rng(0), 0, 0
-    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(64)]  # a whole batch of DALI
+    paths = [save(tmp_path, f"{index}.png", noise(), {}) for index in range(64)]
     for _ in range(150):
         content = bytearray(encoded(random.choice(["PNG", "JPEG"])))
         spot = random.integers(len(content) if random.random() < 0.5 else 700)
