@@ -122,9 +122,6 @@ class _Cifar:
     torchvision_class: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    sha256: dict[
-        str, str
-    ]  # Arrays.sha256 of the official splits, against a cache that another made; a split without is not cached
 
 
 _CIFAR = {
@@ -144,10 +141,6 @@ _CIFAR = {
         torchvision_class="CIFAR10",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
-        sha256={
-            "train": "4e0e3cd7a00e11f89d50f4f801478d968583edafad0bb60866ca2f92edda6513",
-            "test": "41fefef7239ccef033cb8bf648ca8987bfd3378fdb2512ecc0de86a23b039905",
-        },
     ),
     "cifar100": _Cifar(
         folder="cifar-100-python",
@@ -159,7 +152,6 @@ _CIFAR = {
         torchvision_class="CIFAR100",
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
-        sha256={},
     ),
 }
 
@@ -176,7 +168,7 @@ def load(name: str, root: str | Path, split: str, *, download: bool = False) -> 
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: choose train or test")
     if name in _CIFAR:
-        return _load_cifar(name, Path(root), split, download)
+        return _load_cifar(_CIFAR[name], Path(root), split, download)
     if name == "folder":
         return _load_folder(Path(root), split)
     if name == "digits":
@@ -199,15 +191,13 @@ def reflect_pad(images: np.ndarray, margin: int) -> np.ndarray:
     return np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
 
 
-def _cached(
-    name: str, root: Path, split: str, key: str, make: Callable[[], Arrays], sha256: str | None = None
-) -> Arrays:
-    """The split as it was made before, if `key` has not changed since; else made and kept. sha256: of the arrays, where it is known."""
+def _cached(name: str, root: Path, split: str, key: str, make: Callable[[], Arrays]) -> Arrays:
+    """The split as it was made before, if `key` has not changed since; else made and kept."""
     path = root / CACHE / f"{name}-{split}.safetensors"
-    kept = _kept(path, key, sha256)
+    kept = _kept(path, key)
     if kept is None:
         with cache.making(path) as another_made_it:
-            kept = _kept(path, key, sha256) if another_made_it else None
+            kept = _kept(path, key) if another_made_it else None
             if kept is None:
                 kept = make()
                 cache.write(
@@ -219,7 +209,7 @@ def _cached(
     return kept
 
 
-def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
+def _kept(path: Path, key: str) -> Arrays | None:
     arrays, facts = cache.read(path, key) or ({}, {})
     with contextlib.suppress(KeyError, TypeError):
         kept = Arrays(
@@ -227,28 +217,12 @@ def _kept(path: Path, key: str, sha256: str | None) -> Arrays | None:
             arrays["labels"],
             *(tuple(facts[field]) for field in ("class_names", "mean", "std")),
         )
-        if kept.is_whole() and sha256 in (None, kept.sha256()):
+        if kept.is_whole():
             return kept
     return None
 
 
-def _load_cifar(name: str, root: Path, split: str, download: bool) -> Arrays:
-    spec = _CIFAR[name]
-    if split not in spec.sha256:  # nothing to hold a cache against
-        return _read_cifar(spec, root, split, download)
-    md5s = (*getattr(spec, split).values(), spec.meta[1])
-    found = _cached(
-        name,
-        root,
-        split,
-        " ".join(md5s),
-        lambda: _read_cifar(spec, root, split, download),
-        spec.sha256[split],
-    )
-    return replace(found, mean=spec.mean, std=spec.std)  # whatever the cache says
-
-
-def _read_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:
+def _load_cifar(spec: _Cifar, root: Path, split: str, download: bool) -> Arrays:
     if download:
         _download(spec, root)
     folder = root / spec.folder

@@ -106,7 +106,7 @@ def cifar10_test(cifar10_root):
 
 @pytest.fixture
 def cifar100_root(tmp_path, monkeypatch):
-    """Small files in the official CIFAR-100 format, whose md5 and SHA-256 stand in for the published ones."""
+    """Small files in the official CIFAR-100 format, whose md5 stands in for the published ones."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -134,10 +134,7 @@ def cifar100_root(tmp_path, monkeypatch):
         test={"test": md5["test"]},
         meta=("meta", md5["meta"]),
     )
-    known = {
-        split: datasets._read_cifar(spec, tmp_path, split, False).sha256() for split in ("train", "test")
-    }
-    monkeypatch.setitem(datasets._CIFAR, "cifar100", dataclasses.replace(spec, sha256=known))
+    monkeypatch.setitem(datasets._CIFAR, "cifar100", spec)
     return tmp_path
 
 

@@ -60,12 +60,6 @@ def test_a_second_start_reads_the_cache_and_gets_the_same(folder, no_decoding):
     assert all(same(load(folder, split), made) for split, made in zip(("train", "test"), first))
 
 
-def test_official_cifar_files_are_unpickled_once(cifar10_root, cifar10_train, cifar10_test, monkeypatch):
-    monkeypatch.setattr(datasets, "_unpickle", lambda *_: pytest.fail("unpickled although there is a cache"))
-    for split, made in (("train", cifar10_train), ("test", cifar10_test)):
-        assert same(datasets.load("cifar10", cifar10_root, split), made)
-
-
 def rewrite_with_the_old_date(path):
     """As archives are unpacked, and with a file of the same size."""
     before = path.stat()
@@ -150,9 +144,10 @@ def test_a_folder_that_cannot_be_written_is_read_anew_with_a_note(folder, capsys
     assert same(load(folder), first)
 
 
-def test_digits_need_no_cache(tmp_path):
-    datasets.load("digits", tmp_path, "train")
-    assert not (tmp_path / datasets.CACHE).exists()
+def test_digits_and_cifar_write_no_cache(cifar100_root):
+    for name in ("digits", "cifar100"):
+        datasets.load(name, cifar100_root, "train")
+    assert not (cifar100_root / datasets.CACHE).exists()
 
 
 @pytest.mark.parametrize(
