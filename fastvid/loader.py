@@ -11,17 +11,18 @@ fused multiply-add, pixel · scale + (-255·mean·scale), which differs by some 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastvid.datasets import SIZE, Arrays, reflect_pad
-from fastvid.decode import dali, dali_is_installed
+from fastvid.datasets.arrays import SIZE, Arrays, reflect_pad
 from fastvid.errors import InputError
 from fastvid.plan import MARGIN, BatchPlan, Plan
 
@@ -34,6 +35,26 @@ class Batch(NamedTuple):
 
     images: torch.Tensor
     labels: torch.Tensor
+
+
+def dali_is_installed() -> bool:
+    """Whether DALI can be found. It is not imported."""
+    if "nvidia.dali" in sys.modules:
+        return sys.modules["nvidia.dali"] is not None
+    return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
+
+
+def dali():
+    """The parts of nvidia.dali that we use: (fn, pipeline_def, types). Raises InputError if the import fails."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except (ImportError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"DALI is installed but cannot be imported ({reason}): install the DALI for this machine, "
+            "or uninstall it and take --loader torch"
+        ) from error
+    return fn, pipeline_def, types
 
 
 def choose_backend(backend: str) -> str:

@@ -1,4 +1,4 @@
-"""Real inputs that several test files share; a test that needs one which is not here is skipped, and says so."""
+"""Real inputs that several test files share. A test is skipped when its input is missing."""
 
 import dataclasses
 import hashlib
@@ -16,6 +16,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from fastvid import checkpoint, datasets
+from fastvid.datasets import cifar
 from fastvid.wresnet import WideResNet
 
 interpreter.mend()
@@ -129,12 +130,9 @@ def cifar100_root(tmp_path, monkeypatch):
         (folder / file).write_bytes(pickle.dumps(value, protocol=2))
     md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
     spec = dataclasses.replace(
-        datasets._CIFAR["cifar100"],
-        train={"train": md5["train"]},
-        test={"test": md5["test"]},
-        meta=("meta", md5["meta"]),
+        cifar.CIFAR100, train={"train": md5["train"]}, test={"test": md5["test"]}, meta=("meta", md5["meta"])
     )
-    monkeypatch.setitem(datasets._CIFAR, "cifar100", spec)
+    monkeypatch.setattr(cifar, "CIFAR100", spec)
     return tmp_path
 
 

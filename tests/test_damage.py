@@ -14,6 +14,7 @@ from PIL import Image
 from test_results import RESULT
 
 from fastvid import checkpoint, cli, datasets, results
+from fastvid.datasets.folder import CACHE
 from fastvid.errors import InputError
 from fastvid.wresnet import WideResNet
 
@@ -90,7 +91,7 @@ def data_cache(folder, cifar100_root):
         return flat([arrays.images, arrays.labels, arrays.class_names, arrays.mean, arrays.std])
 
     load()
-    return folder / datasets.CACHE / "folder-train.safetensors", load
+    return folder / CACHE / "folder-train.rgb", load
 
 
 def read_cifar(root):
@@ -199,7 +200,7 @@ SLOTS = {  # where somebody may hand a user a file: (its place, options of train
     "results": ("out/results.jsonl", (), True),
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
     "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),
-    "cache": ("data/.fastvid-cache/folder-train.safetensors", ("--dataset", "folder"), False),
+    "cache": ("data/.fastvid-cache/folder-train.rgb", ("--dataset", "folder"), False),
     "lock": ("out/.lock.holder", (), True),
 }
 

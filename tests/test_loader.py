@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastvid import decode
 from fastvid import loader as loader_module
 from fastvid.datasets import Arrays
-from fastvid.decode import dali_is_installed
 from fastvid.errors import InputError
-from fastvid.loader import BACKENDS, EvalLoader, choose_backend, describe, train_loader
+from fastvid.loader import BACKENDS, EvalLoader, choose_backend, dali_is_installed, describe, train_loader
 from fastvid.plan import BatchPlan
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -397,7 +395,7 @@ def test_auto_takes_dali_where_it_is_installed_and_says_which_runs(monkeypatch):
 def test_a_dali_that_cannot_be_imported_or_started_ends_in_one_line_with_the_remedy(noise, monkeypatch):
     plan = BatchPlan(30, 8, seed=0)
     with monkeypatch.context() as patch:
-        fn, _, types = decode.dali()
+        fn, _, types = loader_module.dali()
 
         def refused(**_):
             return lambda define: lambda: SimpleNamespace(build=failing)

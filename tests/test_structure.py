@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import modules of earlier lines only.
 LAYERS = """
 errors
-fastvid config files plan progress signals wresnet
-results
-cache decode
+fastvid files plan progress signals wresnet
+datasets.arrays
+datasets.cifar datasets.digits datasets.folder
 datasets
+config
+results
 checkpoint loader table
 plots
 kernels.launch kernels.reference
@@ -53,6 +55,7 @@ LAYER_OF = {
 }
 LIGHT = (
     "config",
+    "datasets",
     "errors",
     "results",
     "files",
@@ -62,7 +65,16 @@ LIGHT = (
     "cli",
     "",
 )  # neither torch nor NumPy
-WITHOUT_TORCH = (*LIGHT, "plan", "cache", "decode", "datasets", "progress", "__main__")
+WITHOUT_TORCH = (
+    *LIGHT,
+    "plan",
+    "progress",
+    "datasets.arrays",
+    "datasets.cifar",
+    "datasets.digits",
+    "datasets.folder",
+    "__main__",
+)
 
 
 def _sources():
