@@ -27,6 +27,8 @@ datasets.cifar datasets.digits datasets.folder
 datasets
 config
 results
+loader.batch
+loader.torch_executor loader.dali_executor
 checkpoint loader table
 plots
 kernels.launch kernels.reference
