@@ -152,7 +152,8 @@ def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar100_root,
     path, load = make(tmp_path, cifar100_root)
     expected, whole = load(), path.read_bytes()
     refused, slowest = 0, 0.0
-    for kind, mutant in mutants(whole, MUTANTS, make.__name__):
+    count = 600 if make is data_cache else MUTANTS  # every mutant of the cache is decoded and written again
+    for kind, mutant in mutants(whole, count, make.__name__):
         path.write_bytes(mutant)
         began = time.monotonic()
         try:
@@ -165,7 +166,7 @@ def test_no_damaged_file_loads_silently_different(make, tmp_path, cifar100_root,
     name = make.__name__.replace("_", " ")
     figure(
         f"damaged {name}",
-        f"{MUTANTS:,} mutants: 0 load differently, {refused:,} refused in one line, the others unharmed, "
+        f"{count:,} mutants: 0 load differently, {refused:,} refused in one line, the others unharmed, "
         f"skipped with a note or made again; the slowest answer took {slowest:.2f} s",
     )
 

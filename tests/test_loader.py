@@ -39,7 +39,7 @@ def noise():
 
 @pytest.fixture
 def coordinates():
-    """30 images whose pixels hold (row, column, number of the image), not normalised. The label is the number."""
+    """30 images whose pixels hold (row, column, number of the image); the label is the number too."""
     images = np.empty((30, 32, 32, 3), np.uint8)
     images[..., 0], images[..., 1] = np.arange(32)[:, None], np.arange(32)
     images[..., 2] = np.arange(30)[:, None, None]
