@@ -55,8 +55,8 @@ def test_every_image_comes_once_per_epoch_and_only_the_last_batch_is_short(image
 
 
 def test_all_81_crops_with_and_without_flip_are_equally_frequent():
-    # Expected chi-square: 161. One draw for all 128 images of a batch makes it 128 times as large. Edges at half
-    # weight (a uniform real number rounded to 0..8) add 5,600. The seed is fixed: the outcome never changes.
+    # Expected chi-square: 161. One draw for all 128 images of a batch makes it 128 times as large. Edges at
+    # half weight (a uniform real number rounded to 0..8) add 5,600. The seed is fixed.
     _, top, left, flip = whole_epoch(BatchPlan(50_000, 128, seed=0), 0)
     assert top.min() == left.min() == 0 and top.max() == left.max() == 8
     counts = np.bincount((top * 9 + left) * 2 + flip, minlength=162)

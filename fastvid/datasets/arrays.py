@@ -63,7 +63,7 @@ class Arrays:
         if not 1 <= per_class <= size:
             raise InputError(
                 f"{per_class} images per class were asked for, but class {name!r} has {size}: "
-                f"take at least 1 and at most {size}"
+                f"take at most {size}, at least 1"
             )
         return self.select(self.rank_in_class() < per_class)
 
@@ -76,7 +76,7 @@ class Arrays:
         if not 1 <= per_class < size:
             raise InputError(
                 f"a validation split of {per_class} images per class was asked for, but class {name!r} has "
-                f"{size}: hold out at least 1 and at most {size - 1}"
+                f"{size}: hold out at most {size - 1}, at least 1"
             )
         last = self.rank_in_class() >= self.class_sizes()[self.labels] - per_class
         return self.select(~last), self.select(last)
