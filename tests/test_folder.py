@@ -98,7 +98,7 @@ def test_entries_that_cannot_be_trained_on_are_counted_and_named(kind, folder):
         REFUSED[kind](folder / f"train/ant/x{index}")
     one = r"ant/x\d(\.gif)?"
     expected = (
-        rf"train: 5 of 8 entries cannot be trained on: 5 {kind} \(({one}, ){{2}}{one} and 2 more\): repair or"
+        rf"train: 5 of 8 entries cannot be trained on: 5 {kind} \({one}, {one}, {one} and 2 more\): repair"
     )
     with pytest.raises(InputError, match=expected):
         load(folder)
@@ -109,46 +109,29 @@ def test_all_kinds_of_refused_entries_are_named_at_once(folder):
         make(folder / "train/wasp" / kind.split()[0])
     save(folder / "train/stray.png", RED)
     (folder / "train/bee").symlink_to("nowhere")
-    with pytest.raises(InputError) as caught:
+    expected = (
+        r"5 of 8 entries.*: 2 dangling links \(bee, wasp/dangling\); 1 images outside a class folder "
+        r"\(stray.png\); 1 files of another type \(wasp/files.gif\); 1 folders inside a class folder "
+        r"\(wasp/folders\): repair or"
+    )
+    with pytest.raises(InputError, match=expected):
         load(folder)
-    said = str(caught.value)
-    assert "\n" not in said and "5 of 8 entries" in said
-    assert all(f"{kind} (" in said for kind in (*REFUSED, "images outside a class folder"))
-    assert "2 dangling links (bee, wasp/dangling)" in said and "(stray.png)" in said
 
 
-@pytest.mark.parametrize(
-    "change, phrase",
-    [
-        pytest.param(
-            lambda root: save(root / "test/bee/0.png", RED),
-            r"different classes \(bee\)",
-            id="class-in-one-split",
-        ),
-        pytest.param(
-            lambda root: [(root / split / "bee").mkdir() for split in ("train", "test")],
-            "train/bee holds no image",
-            id="class-without-images",
-        ),
-        pytest.param(
-            lambda root: [path.rename(root / path.name) for path in (root / "train").glob("wasp")],
-            "train holds 1 class folders, wanted two or more",
-            id="one-class",
-        ),
-        pytest.param(
-            lambda root: (root / "test").rename(root / "elsewhere"),
-            "no folder .*test: .*DATA/train/CLASS/IMAGE",
-            id="no-test-folder",
-        ),
-        pytest.param(
-            lambda root: os.rename(root / "train/ant", os.fsencode(root) + b"/train/\xff"),
-            r"folder name '.*train/\\udcff' is not UTF-8: rename it",
-            id="name-of-a-class-not-utf8",
-        ),
-    ],
-)
-def test_another_layout_is_named_with_the_remedy(change, phrase, folder):
-    change(folder)
+LAYOUTS = {
+    r"different classes \(bee\)": lambda root: save(root / "test/bee/0.png", RED),
+    "train/bee holds no image": lambda root: (root / "train/bee").mkdir(),
+    "train holds 1 class folders, wanted two": lambda root: (root / "train/wasp").rename(root / "wasp"),
+    "no folder .*test: .*DATA/train/CLASS/IMAGE": lambda root: (root / "test").rename(root / "elsewhere"),
+    r"folder name '.*train/\\udcff' is not UTF-8: rename it": lambda root: os.rename(
+        root / "train/ant", os.fsencode(root) + b"/train/\xff"
+    ),
+}
+
+
+@pytest.mark.parametrize("phrase", LAYOUTS)
+def test_another_layout_is_named_with_the_remedy(phrase, folder):
+    LAYOUTS[phrase](folder)
     with pytest.raises(InputError, match=phrase):
         load(folder, "test")
 
