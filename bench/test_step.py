@@ -23,7 +23,7 @@ import pytest
 from clock import DEVICE, ON_GPU, quantiles
 from step import Step
 
-from fastvid.decode import dali_is_installed
+from fastvid.loader import dali_is_installed
 
 FIVE = ("student", "kd", "fitnet", "at", "vid")
 EAGER, COMPILED, CAPTURED, WHOLE = (False, False), (True, False), (False, True), (True, True)

@@ -8,9 +8,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from fastvid.datasets import DATASETS, find
 from fastvid.errors import InputError
+
+if TYPE_CHECKING:
+    DatasetName = str
+else:
+    DatasetName = Literal[tuple(DATASETS)]  # the command line takes its choices from here
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class VIDOptions:
 class TrainConfig:
     """One group of runs: one teacher, one subset, one seed, any set of methods."""
 
-    dataset: Literal["cifar10", "cifar100", "folder", "digits"] = "cifar10"
+    dataset: DatasetName = "cifar10"
     """which data set"""
     data: str = "data"
     """folder that holds the data set (digits needs none)"""
@@ -233,7 +239,7 @@ class TrainConfig:
 
     def resolved(self) -> TrainConfig:
         """The same with every choice filled in that depends on another, as results record it."""
-        name = self.protocol or ("quick" if self.dataset == "digits" else "seed")
+        name = self.protocol or find(self.dataset).protocol
         chosen = PROTOCOLS[name]
         epochs = chosen.full_epochs if self.per_class is None else chosen.reduced_epochs
         if self.method == ("teacher",):
@@ -282,7 +288,7 @@ class Grid:
         )
 
     def fractions_of(self, dataset: str) -> tuple[str, ...]:
-        return self.fractions or (("full", "5") if dataset == "digits" else ("full", "20", "10", "2"))
+        return self.fractions or find(dataset).fractions
 
 
 OPTION_GROUPS = tuple(

@@ -1,7 +1,8 @@
 """Which image, crop and flip enters which batch: a pure function of (seed, epoch, step).
 
-Every epoch has its own counter-based generator, Philox with the key (seed, epoch). So any batch can be computed directly,
-in any order and in any process: resuming, sharding and several loaders need no saved random state. NumPy only.
+Every epoch has its own counter-based generator, Philox with the key (seed, epoch). So any batch can be
+computed directly, in any order and in any process: resuming, sharding and several loaders need no saved
+random state. NumPy only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ MARGIN = 4  # pixels of reflection on each side, so that crops start at 0 .. 2·
 
 
 class Plan(NamedTuple):
-    """One batch of B images: indices int64 [B]; top, left int64 [B] in 0..8, of the padded image; flip bool [B]."""
+    """One batch of B images.
+
+    indices: int64 [B].  flip: bool [B].
+    top, left: int64 [B], 0..8, where the crop starts in the padded image.
+    """
 
     indices: np.ndarray
     top: np.ndarray
@@ -26,15 +31,16 @@ class Plan(NamedTuple):
 class BatchPlan:
     """The batches of every epoch of a run.
 
-    num_images, batch_size: B is the global batch; the last batch of an epoch keeps what is left over.
-    rank, world_size: each rank gets every world_size-th image of each global batch, so ranks are disjoint and together whole.
+    num_images, batch_size: B is the global batch. The last batch of an epoch holds the remaining images.
+    rank, world_size: each rank gets every world_size-th image of each global batch.
     Raises ValueError on sizes below one, a rank outside the world, or a seed outside 0 .. 2**64 - 1.
     """
 
     def __init__(self, num_images: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1):
         if num_images < 1 or batch_size < 1:
             raise ValueError(
-                f"BatchPlan wants at least one image and a batch of at least one, got {num_images} and {batch_size}"
+                "BatchPlan wants at least one image and a batch of at least one, "
+                f"got {num_images} and {batch_size}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"BatchPlan wants 0 <= rank < world_size, got rank {rank} of {world_size}")
@@ -54,18 +60,18 @@ class BatchPlan:
         return -(-self.num_images // self.batch_size)
 
     def batch(self, epoch: int, step: int) -> Plan:
-        """The batch of this rank at `step` (0 .. steps_per_epoch - 1) of `epoch`. Raises IndexError outside."""
+        """This rank's batch at `step` (0 .. steps_per_epoch - 1) of `epoch`. Raises IndexError outside."""
         if not 0 <= step < self.steps_per_epoch or epoch < 0:
             raise IndexError(f"no step {step} of epoch {epoch}: an epoch has {self.steps_per_epoch} steps")
         mine = self._mine(step)
         return Plan(*(values[mine].copy() for values in self._epoch(epoch)))
 
     def global_size(self, step: int) -> int:
-        """Images of all ranks' batches at `step`."""
+        """Number of images of all ranks at `step`."""
         return min(self.batch_size, self.num_images - step * self.batch_size)
 
     def size(self, step: int) -> int:
-        """Images of this rank's batch at `step`: in a short last one, possibly none."""
+        """Number of images of this rank at `step`. In a short last batch it may be 0."""
         return len(range(self.num_images)[self._mine(step)])
 
     def _mine(self, step: int) -> slice:

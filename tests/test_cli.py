@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 import fastvid
-from fastvid import checkpoint, cli, datasets, results, train
+from fastvid import checkpoint, cli, results, train
+from fastvid.datasets.cifar import CIFAR10
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.progress import Progress
 from fastvid.wresnet import WideResNet
@@ -285,7 +286,7 @@ def test_a_damaged_cifar_file_is_named(refused, cifar10_root, tmp_path, damage, 
         pytest.param(
             [],
             None,
-            "train: --dataset folder wants DATA/train/CLASS/*.png|jpg and DATA/test/CLASS/*.png|jpg",
+            "train: --dataset folder wants DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE",
             id="no-train",
         ),
         pytest.param(["train/cat", "train/dog"], None, "test: --dataset folder wants", id="no-test"),
@@ -301,7 +302,7 @@ def test_a_damaged_cifar_file_is_named(refused, cifar10_root, tmp_path, damage, 
         pytest.param(
             ["train/cat", "train/dog", "test/cat", "test/dog"],
             "train/dog/0.png",
-            "0.png: not a readable PNG",
+            "0.png (not a png, jpg, webp, bmp or tif image): replace or remove",
             id="damaged-image",
         ),
     ],
@@ -809,11 +810,12 @@ def test_doctor_finds_real_cifar10(cifar10_root, capsys):
 
 
 def test_doctor_tells_damage_and_missing_packages_and_still_succeeds(tmp_path, monkeypatch, capsys):
-    spec = datasets._CIFAR["cifar10"]
+    spec = CIFAR10
     for file in (*spec.train, *spec.test, spec.meta[0]):
         (tmp_path / spec.folder).mkdir(exist_ok=True)
         (tmp_path / spec.folder / file).write_bytes(b"cut off")
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for module in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["doctor", "--data", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^  cifar10 +.*data_batch_1: md5 is .*damaged or another file", text, re.MULTILINE)

@@ -1,15 +1,17 @@
-"""A disk that is full at any byte: what was there before stays loadable, and the message says path and space needed."""
+"""A disk that is full at any byte: the old file stays loadable; the message names path and space needed."""
 
 import contextlib
 import dataclasses
 import re
 import resource
 
+import numpy as np
 import pytest
 import torch
 from test_results import RESULT
 
-from fastvid import cache, checkpoint, cli, results
+from fastvid import checkpoint, cli, results
+from fastvid.datasets import folder as image_folder
 from fastvid.errors import InputError
 from fastvid.report import report
 from fastvid.wresnet import WideResNet
@@ -67,12 +69,12 @@ def table(folder):
 
 
 def data_cache(folder):
-    path = folder / "kept" / "a.safetensors"
+    path, key = folder / "kept" / "a.rgb", bytes(32)
 
     def write(version):
-        cache.write(path, "key", {"images": tensors(version)["conv1.weight"].numpy().repeat(9)}, {})
+        image_folder._write_cache(path, key, np.full((5, 32, 32, 3), version, np.uint8))
 
-    return path, write, lambda: cache.read(path, "key")[0]["images"].tobytes()
+    return path, write, lambda: image_folder._read_cache(path, key, 5).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -88,10 +90,10 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there(make, tmp_path, c
             number if number < 8 else number * (needed - 1) // (POINTS - 1)
         )  # the first bytes, then evenly to the last
         with full_after(full_at):
-            if make is data_cache:  # made anew at each start instead
+            if make is data_cache:  # the training does without
                 write(2)
                 assert (
-                    f"{path} cannot be written: this data set is read anew at each start"
+                    f"{path} cannot be written (File too large): the images are decoded again at each start"
                     in capsys.readouterr().err
                 )
             else:

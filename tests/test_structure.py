@@ -21,10 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import modules of earlier lines only.
 LAYERS = """
 errors
-fastvid config files plan progress signals wresnet
-results
-cache decode
+fastvid files plan progress signals wresnet
+datasets.arrays
+datasets.cifar datasets.digits datasets.folder
 datasets
+config
+results
+loader.batch
+loader.torch_executor loader.dali_executor
 checkpoint loader table
 plots
 kernels.triton_support kernels.reference
@@ -52,6 +56,7 @@ LAYER_OF = {
 }
 LIGHT = (
     "config",
+    "datasets",
     "errors",
     "results",
     "files",
@@ -61,7 +66,16 @@ LIGHT = (
     "cli",
     "",
 )  # neither torch nor NumPy
-WITHOUT_TORCH = (*LIGHT, "plan", "cache", "decode", "datasets", "progress", "__main__")
+WITHOUT_TORCH = (
+    *LIGHT,
+    "plan",
+    "progress",
+    "datasets.arrays",
+    "datasets.cifar",
+    "datasets.digits",
+    "datasets.folder",
+    "__main__",
+)
 
 
 def _sources():
