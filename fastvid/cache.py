@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from fastvid.errors import InputError
-from fastvid.files import remove_leftovers, write_atomic
+from fastvid.files import write_atomic
 from fastvid.progress import say
 
 METADATA_KEY = "fastvid"
@@ -64,7 +64,6 @@ def write(path: Path, key: str, arrays: dict[str, np.ndarray], facts: dict) -> N
     header = json.dumps({"key": key, "facts": facts, "sha256": _checksum(arrays, facts)}, sort_keys=True)
     try:
         path.parent.mkdir(exist_ok=True)
-        remove_leftovers(path.parent)
         write_atomic(path, safetensors_bytes(arrays, {METADATA_KEY: header}))
     except (InputError, OSError):
         say(f"{path} cannot be written: this data set is read anew at each start")

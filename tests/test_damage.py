@@ -229,7 +229,6 @@ SLOTS = {  # where somebody may hand a user a file: (its place, options of train
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
     "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),
     "cache": ("data/.fastvid-cache/cifar100-train.safetensors", ("--dataset", "cifar100"), False),
-    "lock": ("out/.lock.holder", (), True),
 }
 
 
