@@ -25,8 +25,10 @@ fastvid config files plan progress signals wresnet
 results
 cache decode
 datasets
-checkpoint loader table
-plots
+checkpoint loader report.section
+report.published
+report.notes report.plots
+report.table
 kernels.launch kernels.reference
 kernels.checks
 kernels.blocked
@@ -57,8 +59,8 @@ LIGHT = (
     "results",
     "files",
     "signals",
-    "table",
     "report",
+    "report.table",
     "cli",
     "",
 )  # neither torch nor NumPy
