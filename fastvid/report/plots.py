@@ -105,18 +105,15 @@ def _draw_curves(panel, section: Section, column: Column) -> None:
             drawn[row] = {epoch: mean(values) for epoch, values in points.items()}
             _draw_line(panel, row, points, colours[row])
     late = [value for means in drawn.values() for epoch, value in means.items() if epoch > EARLY * length]
-    if section.teacher is not None:
-        panel.axhline(section.teacher, **TEACHER)
-        late.append(section.teacher)
     for milestone in runs[0].config.get("milestones", ()) if runs else ():
         panel.axvline(milestone * length, color="0.6", linestyle=":", linewidth=0.8, zorder=0)
     panel.set_xlim(0, length)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    panel.set_ylim(_cropped(late))
+    panel.set_ylim(_cropped([*late, *_teacher(section)]))
     for row, means in drawn.items():
         _mark_falls(panel, means, colours[row])
     ends = [(list(means.values())[-1], row.title, colours[row]) for row, means in drawn.items()]
-    _label_ends(panel, [*ends, *_teacher_end(section)], gap=0.062)
+    _label_ends(panel, section, ends, gap=0.062)
 
 
 def _by_epoch(runs: list[RunResult], values_of: Callable) -> dict[str, dict[int, list[float]]]:
@@ -156,8 +153,9 @@ def _accuracy(figure, section: Section) -> None:
     figure.set_size_inches(max(5.5, 1.4 + 2.9 * len(columns)), 1.6 + 0.3 * len(rows))
     panels = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     for column, panel in zip(columns, panels):
-        values = [section.teacher] if section.teacher is not None else []
-        panel.axvline(section.teacher, **TEACHER) if values else None
+        values = _teacher(section)
+        for accuracy in values:
+            panel.axvline(accuracy, **TEACHER)
         for place, row in enumerate(rows):
             sample, paper = row.sample(column), published(section, row.method, column)[0]
             if sample.values:
@@ -166,7 +164,10 @@ def _accuracy(figure, section: Section) -> None:
             if paper and row.cell(column):
                 panel.plot(paper, place, "D", color=colours[row], ms=5, fillstyle="none")
                 values.append(paper)
-            text = _number(row, column)
+            number = (
+                f"{sample:.1f}".rpartition(" ")[0] if sample.values else ""
+            )  # without the number of seeds
+            text = "\n".join(filter(None, (number, row.divergence(column))))
             panel.annotate(text, (1.03, place), xycoords=panel.get_yaxis_transform(), va="center", size=8)
         panel.set_xlim(_cropped(values))
         panel.set_title(column.title)
@@ -180,26 +181,18 @@ def _accuracy(figure, section: Section) -> None:
     _legend(figure, section)
 
 
-def _number(row: Row, column: Column) -> str:
-    sample, lost, runs = row.sample(column), row.diverged(column), row.cell(column)
-    texts = [f"{sample:.1f}".rpartition(" ")[0]] if sample.values else []
-    return "\n".join([*texts, *([f"diverged ({len(lost)} of {len(runs)})"] if lost else [])])
-
-
 def _labels(figure, section: Section) -> None:
     """Accuracy against images per class; the paper's numbers are hollow marks to the left of ours."""
     columns, rows, colours = section.columns[::-1], section.students, _colours(section)
     figure.set_size_inches(7.5, 4.8)
-    panel, ends, values = figure.subplots(), [], [section.teacher] * (section.teacher is not None)
+    panel, ends, values = figure.subplots(), [], _teacher(section)
     places = [math.log(column.percent) for column in columns]
     dodge = 0.006 * (places[-1] - places[0])  # error bars must not hide each other
     for number, row in enumerate(rows):
         shift = (number - len(rows) / 2) * dodge
-        found = [
-            (x + shift, row.sample(column)) for x, column in zip(places, columns) if row.sample(column).values
-        ]
-        if found:
-            x, means, errors = zip(*((x, sample.mean, sample.sd or 0) for x, sample in found))
+        found = [(x + shift, row.sample(column)) for x, column in zip(places, columns)]
+        if found := [(x, sample.mean, sample.sd or 0) for x, sample in found if sample.values]:
+            x, means, errors = zip(*found)
             style = {"fmt": f"o{_dashes(row)}", "color": colours[row], "ms": 4, "lw": 1.3}
             panel.errorbar(x, means, errors, capsize=3, **style)
             values += [m + sign * error for m, error in zip(means, errors) for sign in (1, -1)]
@@ -209,8 +202,6 @@ def _labels(figure, section: Section) -> None:
                 shift = (len(rows) / 2 + 2) * dodge
                 panel.plot(x - shift, paper, "D", color=colours[row], ms=5, fillstyle="none")
                 values.append(paper)
-    if section.teacher is not None:
-        panel.axhline(section.teacher, **TEACHER)
     panel.set_ylim(_cropped(values))
     panel.set_xlim(right=places[-1] + len(rows) * dodge)
     sizes = [f"{column.size.removesuffix(' per class')}\n{column.percent:.3g} %" for column in columns]
@@ -219,7 +210,7 @@ def _labels(figure, section: Section) -> None:
     panel.set_xlabel("labelled training images per class (logarithmic)")
     panel.set_ylabel("accuracy, %")
     panel.set_title(_last_epoch(section))
-    _label_ends(panel, [*ends, *_teacher_end(section)], gap=0.042)
+    _label_ends(panel, section, ends, gap=0.042)
     _legend(figure, section)
 
 
@@ -237,9 +228,8 @@ def _information(figure, section: Section) -> None:
     shown = [(column, quantity) for column in section.columns[::-1] for quantity in (0, 1)]
     shown = [key for key in shown if any(line[:2] == key for line in lines)]
     longest = max((point.information for run in section.runs for point in run.history), key=len)
-    taps = list(
-        dict.fromkeys([*(name.rpartition(" at ")[2] for name in longest), *(line[2] for line in lines)])
-    )
+    taps = [name.rpartition(" at ")[2] for name in longest]
+    taps = list(dict.fromkeys([*taps, *(tap for _, _, tap, _, _ in lines)]))
     figure.set_size_inches(1.2 + 2.6 * len(taps), 1.0 + 1.7 * len(shown))
     grid = figure.subplots(len(shown), len(taps), squeeze=False, sharey="row")
     colours = _colours(section)
@@ -285,18 +275,23 @@ def _cropped(values: list[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _teacher_end(section: Section) -> list[tuple[float, str, str]]:
-    return [] if section.teacher is None else [(section.teacher, "Teacher", COLOURS["teacher"])]
+def _teacher(section: Section) -> list[float]:
+    return [] if section.teacher is None else [section.teacher]
 
 
-def _label_ends(panel, ends: list[tuple[float, str, str]], gap: float) -> None:
-    """Write (height, text, colour) at the right ends of the lines, `gap` (a share of the axis) apart."""
+def _label_ends(panel, section: Section, ends: list[tuple[float, str, str]], gap: float) -> None:
+    """Draw the teacher as a line and write (height, text, colour) at the right ends of all lines.
+
+    gap: distance between two texts, a share of the axis.
+    """
+    for height in _teacher(section):
+        panel.axhline(height, **TEACHER)
+        ends = [*ends, (height, "Teacher", COLOURS["teacher"])]
     low, high = panel.get_ylim()
     ends = sorted(ends, key=lambda end: end[0])
     where = panel.get_yaxis_transform()  # x as a share of the axis, y as data
-    for (height, text, colour), place in zip(
-        ends, _spread([end[0] for end in ends], gap * (high - low), high)
-    ):
+    places = _spread([height for height, _, _ in ends], gap * (high - low), high)
+    for (height, text, colour), place in zip(ends, places):
         panel.annotate(
             f"{text} {height:.1f}",
             xy=(1, height),
@@ -336,9 +331,9 @@ def _seeds(section: Section, what: str) -> str:
 def _legend(figure, section: Section) -> None:
     """What the marks mean, below the figure."""
     handles = {}
-    if section.teacher is not None:
-        given = " (given)" if section.given_teacher is not None else ""
-        handles[f"Teacher{given} {section.teacher:.2f}"] = Line2D([], [], **TEACHER)
+    for accuracy in _teacher(section):
+        given = "" if section.given_teacher is None else " (given)"
+        handles[f"Teacher{given} {accuracy:.2f}"] = Line2D([], [], **TEACHER)
     if any(published(section, row.method, column)[0] for row in section.rows for column in section.columns):
         handles["paper"] = Line2D([], [], color="0.3", marker="D", linestyle="", fillstyle="none")
     if handles:

@@ -75,8 +75,8 @@ class Row:
     @property
     def name(self) -> str:
         """The title; teacher and student with their networks."""
-        network = f" {network_of(self.method, self.runs)}" if self.method in ("teacher", "student") else ""
-        return ", ".join(filter(None, (title(self.method, self.runs) + network, self.label)))
+        network = network_of(self.method, self.runs) if self.method in ("teacher", "student") else ""
+        return " ".join([title(self.method, self.runs), network]).strip() + (self.label and f", {self.label}")
 
     def cell(self, column: Column) -> list[RunResult]:
         runs = [run for run in self.runs if run.per_class == column.per_class]
@@ -88,6 +88,11 @@ class Row:
 
     def diverged(self, column: Column) -> list[RunResult]:
         return [run for run in self.cell(column) if run.diverged is not None]
+
+    def divergence(self, column: Column) -> str:
+        """ "diverged (1 of 3)", or "" if no run diverged."""
+        lost = len(self.diverged(column))
+        return f"diverged ({lost} of {len(self.cell(column))})" if lost else ""
 
 
 @dataclass(frozen=True)
@@ -148,36 +153,39 @@ class Section:
 
 def sections(*folders: list[RunResult]) -> list[Section]:
     """A section for each data set and evaluation split; each argument holds the results of one folder."""
-    keys = sorted({(run.dataset, run.evaluated_on) for found in folders for run in found})
-    return [
-        _section(
-            *key, [[run for run in found if (run.dataset, run.evaluated_on) == key] for found in folders]
-        )
-        for key in keys
-    ]
+    found = []
+    for key in sorted({(run.dataset, run.evaluated_on) for runs in folders for run in runs}):
+        parts = [[run for run in runs if (run.dataset, run.evaluated_on) == key] for runs in folders]
+        found.append(_section(*key, parts))
+    return found
 
 
 def _section(dataset: str, evaluated_on: str, folders: list[list[RunResult]]) -> Section:
     names = _differing(folders)
     lines = []
     for found in folders:
+        values: dict[str, dict[str, list[str]]] = {}  # {method: {setting: values in this folder}}
+        for run in found if names else ():
+            for name, value in settings_of(run).items():
+                values.setdefault(run.method, {}).setdefault(name, []).append(value)
         for run in found:
-            alike = [settings_of(other) for other in found if other.method == run.method]
-            row = tuple((name, listed(s[name] for s in alike)) for name in names if name in alike[0])
-            lines.append(((run.method, row), run))
+            own = values.get(run.method, {})
+            settings = tuple((name, listed(own[name])) for name in names if name in own)
+            lines.append(((run.method, settings), run))
     rows: dict[tuple, dict[tuple, RunResult]] = {}
     for key, run in sorted(lines, key=lambda line: line[1].diverged is not None):  # finished runs count first
         rows.setdefault(key, {}).setdefault((run.per_class, run.seed), run)
-    ordered = [Row(*key, list(rows[key].values())) for key in sorted(rows, key=lambda key: _order(key, rows))]
+    ordered = sorted((Row(*key, list(runs.values())) for key, runs in rows.items()), key=_order)
     return Section(dataset, evaluated_on, ordered, len(lines) - sum(map(len, rows.values())))
 
 
-def _order(key: tuple, rows: dict[tuple, dict]) -> tuple:
+def _order(row: Row) -> tuple:
     """Teacher, student, then the methods in the order of their options in the configuration, then sums."""
-    method, settings = key
-    names = list(next(iter(rows[key].values())).config)
-    places = [names.index(part) if part in names else len(names) for part in method.split("+")]
-    return method != "teacher", method != "student", len(places), places, method, settings
+    names = list(row.runs[0].config)
+    places = [names.index(part) if part in names else len(names) for part in row.method.split("+")]
+    numbers = [float(value) if value.replace(".", "").isdigit() else 0.0 for _, value in row.settings]
+    first = row.method != "teacher", row.method != "student"
+    return *first, len(places), places, row.method, numbers, row.settings
 
 
 def settings_of(run: RunResult) -> dict[str, str]:

@@ -65,12 +65,11 @@ def _with_published(section: Section, method: str, cells: list[str]) -> Iterable
 
 def _cell(section: Section, row: Row, column: Column) -> str:
     """Mean ± sd (n), in bold if it is the best student of its column, and how many runs diverged."""
-    sample, runs, lost = row.sample(column), row.cell(column), row.diverged(column)
+    sample = row.sample(column)
     means = [found for other in section.students if (found := other.sample(column).mean) is not None]
     best = row.method != "teacher" and len(means) > 1 and sample.mean == max(means)
-    texts = [f"**{sample:.2f}**" if best else f"{sample:.2f}"] if sample.values else []
-    texts += [f"diverged ({len(lost)} of {len(runs)})"] if lost else []
-    return ", ".join(texts) or EMPTY
+    text = f"{sample:.2f}" if sample.values else ""
+    return ", ".join(filter(None, (f"**{text}**" if best else text, row.divergence(column)))) or EMPTY
 
 
 def _best_epochs(section: Section) -> list[list[str]]:
