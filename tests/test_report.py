@@ -533,6 +533,12 @@ def test_rendering_again_replaces_the_files_and_leaves_no_others(tmp_path):
     assert files_in(tmp_path) == {results.FILE} | TABLES | PLOTS
 
 
+def test_a_place_that_is_no_folder_is_an_input_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"{tmp_path}/file: cannot write there: File exists; choose another"):
+        report(written(tmp_path / "a", run("kd", 70.0)), tmp_path / "file")
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
 def test_a_folder_that_cannot_be_written_still_gives_the_table(tmp_path, monkeypatch, number):
     def refuse(path, content):
@@ -642,9 +648,3 @@ def test_backend_and_style_of_the_environment_change_no_plot(tmp_path, environme
     )
     assert ran.returncode == 0 and "plots are missing" not in ran.stdout, ran.stdout + ran.stderr
     assert (tmp_path / "accuracy.png").read_bytes() == plain
-
-
-def test_committed_results_of_older_versions_are_reported(tmp_path):
-    found, remarks = results.read(MEASURED / "digits")
-    (section,) = sections(found)
-    assert not remarks and [row.title for row in section.rows][:2] == ["Teacher", "Student"]

@@ -45,9 +45,12 @@ def report(folders: Path | Iterable[Path], out: Path | None = None) -> str:
         written, remarks = written + plotted, failed + remarks
     except (InputError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
-        if getattr(cause, "errno", None) not in _READ_ONLY:
+        if cause.errno in _READ_ONLY:
+            remarks = [f"{out} is read-only ({cause.strerror}): nothing was written there", *remarks]
+        elif isinstance(error, InputError):
             raise
-        remarks = [f"{out} is read-only ({cause.strerror}): nothing was written there", *remarks]
+        else:
+            raise InputError(f"{out}: cannot write there: {cause.strerror}; choose another --out") from error
     return "\n".join([markdown, *written, *remarks])
 
 
@@ -67,10 +70,8 @@ def _plot(parts: list[Section], out: Path) -> tuple[list[str], list[str]]:
     except Exception as error:  # whatever matplotlib raises, the tables are complete
         missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        remedy = "pip install 'fastvid-distill[plot]'"
-        failed.append(
-            f"no plots: {remedy}" if missing else f"plots are missing, the tables are complete: {cause}"
-        )
+        remedy = "no plots: pip install 'fastvid-distill[plot]'"
+        failed.append(remedy if missing else f"plots are missing, the tables are complete: {cause}")
     return written, failed
 
 
@@ -98,7 +99,7 @@ def _refuse_mixture(where: str, runs: list[RunResult], one_folder: bool) -> None
         mixed = {f"versions of {dataset}": {run.data_sha256 for run in part}}
         if one_folder:  # between folders, these two are settings that the row names show
             used = {run.teacher_sha256 for run in part} - {None}
-            trained = {run.weights_sha256 for run in part if run.method == "teacher"}
+            trained = {run.weights_sha256 for run in part if run.method == "teacher"} - {""}
             # a folder may hold teachers with several seeds, of which the students use one
             mixed["teachers"] = used | (trained if used - trained else set())
             mixed["versions of fastvid"] = {str(run.environment.get("fastvid")) for run in part}

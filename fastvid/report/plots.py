@@ -280,7 +280,7 @@ def _teacher(section: Section) -> list[float]:
 
 
 def _label_ends(panel, section: Section, ends: list[tuple[float, str, str]], gap: float) -> None:
-    """Draw the teacher as a line and write (height, text, colour) at the right ends of all lines.
+    """Draw the teacher as a line and write each (height, text, colour) at the right ends of all lines.
 
     gap: distance between two texts, a share of the axis.
     """
@@ -293,7 +293,7 @@ def _label_ends(panel, section: Section, ends: list[tuple[float, str, str]], gap
     places = _spread([height for height, _, _ in ends], gap * (high - low), high)
     for (height, text, colour), place in zip(ends, places):
         panel.annotate(
-            f"{text} {height:.1f}",
+            f"{height:.1f} {text}",
             xy=(1, height),
             xytext=(1.05, place),
             xycoords=where,
