@@ -1,8 +1,8 @@
-"""Write what was measured into README.md and bench/results/README.md: `python bench/readme.py`. Nothing of it is typed.
+"""Write the measured numbers into README.md and bench/results/README.md: `python bench/readme.py`.
 
-Each part lies between `<!-- NAME -->` and `<!-- end -->`: `speed` from the rows of test_step.py; `search` and `ablations` from the
-folders of bench/variants.py; any other from the folder bench/results/NAME, as `fastvid report` renders it; `<!-- NAME table -->` is its
-table alone.
+Each part lies between `<!-- NAME -->` and `<!-- end -->`. `speed` comes from the rows of test_step.py,
+`search` and `ablations` from the folders of bench/variants.py, any other part from the folder
+bench/results/NAME as `fastvid report` renders it. `<!-- NAME table -->` is the table alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import variants
 
-from fastvid import results, table
+from fastvid import results
+from fastvid.report.section import sections
+from fastvid.report.table import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "bench" / "results"
@@ -21,22 +23,22 @@ PAGES = (ROOT / "README.md", MEASURED / "README.md")
 
 
 def accuracies(name: str, alone: bool) -> str:
-    """Of a folder with one data set: last epochs; unless alone, differences if there are several seeds, and the notes of the report."""
-    (section,) = table.sections(results.read(MEASURED / name)[0])
-    blocks = table.markdown(section).strip().split("\n\n")
+    """Last epochs of a folder with one data set; unless `alone`, also the differences and the notes."""
+    (section,) = sections(results.read(MEASURED / name)[0])
+    blocks = markdown(section).strip().split("\n\n")
     tables = {sentence: rows for sentence, rows in zip(blocks, blocks[1:]) if rows.startswith("|")}
     if alone:
         return next(iter(tables.values()))
     parts = [
         f"{sentence}:\n\n{rows}"
         for sentence, rows in tables.items()
-        if sentence.startswith("Last epoch") or (sentence.startswith("Difference") and "±" in rows)
+        if sentence.startswith("Last epoch") or (sentence.startswith("Paired difference") and "±" in rows)
     ]
     return "\n\n".join([*parts, blocks[-1]])
 
 
 def speed() -> str:
-    """What each measure brings, from rows of one run."""
+    """The speed-up of each measure, from the rows of one run."""
     rows = [json.loads(line) for line in (MEASURED / "step-cpu.jsonl").read_text().splitlines()]
     subjects = ("vid", "five methods")
     gain = {(row["tap"], row["impl"]): row["speed_up"] for row in rows}
@@ -46,8 +48,9 @@ def speed() -> str:
     }
     (device,), (threads,) = {row["device"] for row in rows}, {row["threads"] for row in rows}
     lines = [
-        f"On {threads} cores of an {device}, in one run, beside that plain step: one VID student {best['vid']} times the images/s, "
-        f"eager and compiled; a group of five methods {best['five methods']} times.",
+        f"On {threads} cores of an {device}, in one run, beside that plain step: one VID student "
+        f"{best['vid']} times the images/s, eager and compiled; a group of five methods "
+        f"{best['five methods']} times.",
         "",
         "| measure | VID | five methods |",
         "|---|---:|---:|",
@@ -64,7 +67,7 @@ def speed() -> str:
 
 
 def rendered(text: str) -> str:
-    """A page with its measured parts made anew."""
+    """A page with its measured parts rendered again."""
 
     def part(match: re.Match) -> str:
         name, alone = match[1], bool(match[2])

@@ -1,27 +1,27 @@
-"""How a file that must not be lost is written: beside its place, synced, renamed. A crash or a full disk leaves the old one."""
+"""Write files that must not be lost, and lock files: one process at a time.
+
+A file is written beside its place, synced and renamed, so a crash or a full disk leaves the old file. The
+temporary name is fixed: the next process overwrites what a killed process left. Processes that may write the
+same file hold a lock.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvid.errors import InputError
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote left behind."""
-    for path in folder.glob(".*.partial"):
-        process = path.name.split(".")[-2]
-        if process.isdigit() and not is_alive(int(process)):
-            with contextlib.suppress(OSError):
-                path.unlink()
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, whole or not at all. Raises InputError with path and size when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Replace `path` by `content`, completely or not at all. Raises InputError if that fails."""
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -35,12 +35,12 @@ def write_atomic(path: Path, content: bytes) -> None:
             "make room there or choose another folder, then start again"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # gone after the rename, and never there in a folder that is none
+        with contextlib.suppress(OSError):  # absent after the rename, or when `path.parent` is not a folder
             temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """The rename itself must survive a power cut. Some file systems cannot sync a folder, and keep order without."""
+    """Make the rename itself survive a power cut. A file system that cannot sync folders keeps the order."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -51,12 +51,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def is_alive(process: int) -> bool:
-    """Whether this machine has a process of this number."""
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, which stays; the kernel releases the lock of a killed process.
+
+    Raises BlockingIOError if another process holds the lock and `wait` is False, and InputError if the file
+    system has no locks.
+    """
+    opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise InputError(
+                f"{path.parent} is on a file system without file locks ({error.strerror}): "
+                "choose a folder on a local disk, or mount this one with locks"
+            ) from error
+        yield
+    finally:
+        os.close(opened)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastvid import results
+from fastvid import datasets, results
 from fastvid.checkpoint import sha256_of
 from fastvid.config import Grid, TrainConfig, method_parts
 from fastvid.errors import InputError
 from fastvid.folder import OutputFolder, weights_name
 from fastvid.progress import say
 from fastvid.results import RunResult
-from fastvid.train import load_data, load_split, train_group
+from fastvid.train import load_data, train_group
 
 
 def reproduce(grid: Grid, config: TrainConfig) -> list[RunResult] | None:
@@ -27,7 +27,7 @@ def reproduce(grid: Grid, config: TrainConfig) -> list[RunResult] | None:
     if config.teacher is not None and "teacher" in grid.methods:
         raise InputError("--teacher gives a teacher and --methods asks to train one: leave one of them out")
     students = tuple(method for method in grid.methods if method != "teacher")
-    whole = load_split(config.dataset, config.data, "train", download=config.download)
+    whole = datasets.load_once(config.dataset, config.data, "train", download=config.download)
     subsets = [
         images_per_class(fraction, int(whole.class_sizes().min()))
         for fraction in grid.fractions_of(config.dataset)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
-from functools import lru_cache
 
 from fastvid import checkpoint, datasets, results, signals
 from fastvid.config import TrainConfig
@@ -30,9 +29,6 @@ from fastvid.wresnet import WideResNet
 __all__ = ["TrainConfig", "train"]
 
 Recorder = Callable[[Group, Student, str], RunResult]
-load_split = lru_cache(maxsize=2)(
-    datasets.load
-)  # a grid trains many groups on the two splits of one data set
 
 
 def train(config: TrainConfig) -> list[RunResult]:
@@ -187,13 +183,13 @@ def is_evaluated(epochs: int, settings: TrainConfig) -> bool:
 
 def load_data(settings: TrainConfig) -> Data:
     """Raises InputError when the data set is missing or damaged, or the subset smaller than a batch."""
-    whole = load_split(settings.dataset, settings.data, "train", download=settings.download)
+    whole = datasets.load_once(settings.dataset, settings.data, "train", download=settings.download)
     subset = whole if settings.per_class is None else whole.subset(settings.per_class)
     percent, sha256 = 100 * len(subset) / len(whole), whole.sha256()
     if settings.validation_per_class:
         subset, evaluation = subset.holdout(settings.validation_per_class)
     else:
-        evaluation = load_split(settings.dataset, settings.data, "test")
+        evaluation = datasets.load_once(settings.dataset, settings.data, "test")
         sha256 = hashlib.sha256(f"{sha256} {evaluation.sha256()}".encode()).hexdigest()
     if settings.per_class and percent == 100:
         raise InputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvid.errors import InputError
-from fastvid.files import write_atomic
+from fastvid.files import locked, write_atomic
 
 FULL_DISK = """
 import resource, sys
@@ -42,6 +42,35 @@ def test_when_the_disk_is_full_the_old_file_stays_and_the_message_names_path_siz
         f"{path}: cannot write 5,000 bytes: File too large; make room there or choose another folder"
     )
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["weights"]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    (tmp_path / ".weights.partial").write_bytes(b"half of a much longer file")
+    write_atomic(tmp_path / "weights", b"new")
+    assert (tmp_path / "weights").read_bytes() == b"new" and os.listdir(tmp_path) == ["weights"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fastvid.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_keeps_another_process_out_until_its_holder_ends_or_is_killed(tmp_path):
+    path = tmp_path / ".lock"
+    for end in (lambda process: process.stdin.close(), lambda process: process.kill()):
+        command = [sys.executable, "-c", HOLD, str(path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(BlockingIOError), locked(path, wait=False):
+                pass
+            end(process)
+            with locked(path):  # waits until it ends
+                pass
 
 
 @pytest.mark.parametrize(
