@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from fastvid.kernels.launch import triton
-
 from fastvid.run import environment
 
 ROWS = pytest.StashKey[list]()

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from clock import DEVICE, synchronize
+from fastvid.engine import GroupStep, Mode
+from fastvid.learner import Learner
 from torch import Tensor
 
 from fastvid import datasets
 from fastvid.config import TrainConfig
 from fastvid.device import DTYPES, autocast, tune
-from fastvid.engine import GroupStep, Mode
-from fastvid.learner import Learner
 from fastvid.loader import Batch, train_loader
 from fastvid.methods import Method, build
 from fastvid.plan import BatchPlan

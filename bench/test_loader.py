@@ -16,11 +16,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from clock import DEVICE, ON_GPU, quantiles, synchronize
+from fastvid.engine import GroupStep
+from fastvid.learner import Learner
 
 from fastvid import datasets
 from fastvid.config import TrainConfig
-from fastvid.engine import GroupStep
-from fastvid.learner import Learner
 from fastvid.loader import BACKENDS, train_loader
 from fastvid.methods import build
 from fastvid.plan import BatchPlan

@@ -26,12 +26,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clock import DEVICE, ON_GPU, gpu_microseconds, quantiles, synchronize, wall_microseconds
+from fastvid.engine import GroupStep
+from fastvid.learner import Learner
 from torch import Tensor
 
 from fastvid import kernels
 from fastvid.config import TrainConfig
-from fastvid.engine import GroupStep
-from fastvid.learner import Learner
 from fastvid.methods import build
 from fastvid.wresnet import TAPS, WideResNet, channels
 

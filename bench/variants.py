@@ -54,7 +54,8 @@ def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
     found = {}
     for chosen in settings:
         parts = (
-            f"{option}-{'+'.join(value) if isinstance(value, tuple) else value}" for option, value in chosen.items()
+            f"{option}-{'+'.join(value) if isinstance(value, tuple) else value}"
+            for option, value in chosen.items()
         )
         found["-".join((method, *parts))] = TrainConfig(method=(method,), **{method: kind(**chosen)})
     return found
@@ -130,7 +131,9 @@ def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> N
         folder.load(group)
         fit(group, folder, record_divergence=lambda *found: folders[found[1].name].record_divergence(*found))
         for student in group.students:
-            print(f"{student.name}: {summary(folders[student.name].finish_student(group, student))}", flush=True)
+            print(
+                f"{student.name}: {summary(folders[student.name].finish_student(group, student))}", flush=True
+            )
         folder.resume_path(setup.settings).unlink(missing_ok=True)
 
 
@@ -153,7 +156,9 @@ def show(folders: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for experiment in EXPERIMENTS:
         command = commands.add_parser(experiment)
@@ -161,13 +166,17 @@ def main() -> None:
             command.add_argument(option, required=True)
         command.add_argument("--seeds", type=int, default=1)
         command.add_argument("--epochs", type=int)
-        command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so")
+        command.add_argument(
+            "--only", nargs="+", default=(), metavar="NAME", help="variants whose names begin so"
+        )
     commands.add_parser("show").add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args()
     if given.command == "show":
         print(show(given.folders))
         return
-    shared = {"data": given.data, "teacher": given.teacher} | ({"epochs": given.epochs} if given.epochs else {})
+    shared = {"data": given.data, "teacher": given.teacher} | (
+        {"epochs": given.epochs} if given.epochs else {}
+    )
     try:
         for seed in range(given.seeds):
             train(given.command, Path(given.out), tuple(given.only), seed=seed, **shared)

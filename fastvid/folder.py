@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 import fastvid
 from fastvid import checkpoint, results
@@ -21,6 +19,7 @@ from fastvid.config import CIRCUMSTANCES, OPTION_GROUPS, TrainConfig, method_par
 from fastvid.device import peak_memory
 from fastvid.environment import environment
 from fastvid.errors import InputError
+from fastvid.files import locked
 from fastvid.group import Group, Setup
 from fastvid.loader import describe
 from fastvid.progress import say
@@ -37,20 +36,13 @@ class OutputFolder:
     @contextmanager
     def claim(self, settings: TrainConfig, *, wait: bool = False) -> Iterator[bool]:
         """Yield whether this process may train the group of these settings: nobody else does until the block ends."""
-        lock = FileLock(self.path / f".{group_name(settings)}.lock", timeout=-1 if wait else 0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot lock files there ({error.strerror or error}): choose an --out on another file system"
-            ) from error
-        try:
-            yield True
-        finally:
-            lock.release()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path / f".{group_name(settings)}.lock", wait=wait))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def finished(self, setup: Setup) -> dict[str, RunResult]:
         """The results that are here of the group of `setup`, by method, diverged ones included.

@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +16,7 @@ from fastvid.errors import InputError
 from fastvid.files import locked, write_atomic
 
 FILE = "results.jsonl"
-LOCK = ".lock"
 _CHECKSUM = "sha256"
-_held: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -122,25 +118,6 @@ def open_folder(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the output folder, shared by nested calls. Raises InputError if another process holds it."""
-    resolved = folder.resolve()
-    if resolved in _held:
-        yield
-        return
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / LOCK, wait=False))
-        except BlockingIOError as error:
-            raise InputError(
-                f"another fastvid is at work in {folder}: wait for it, or give another --out"
-            ) from error
-        _held.add(resolved)
-        stack.callback(_held.discard, resolved)
-        yield
-
-
 def append(folder: Path, result: RunResult) -> None:
     """Add one line to the results, completely or not at all. A torn last line gets its newline first."""
     path = folder / FILE
@@ -177,10 +154,6 @@ def read(folder: Path) -> tuple[list[RunResult], list[str]]:
         if not result
     ]
     return found, remarks
-
-
-def check_types(part: Evaluation) -> None:
-    """Do nothing: run.py still calls this for the points of a resume state; delete both together."""
 
 
 def _parse(line: bytes) -> RunResult | None:

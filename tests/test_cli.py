@@ -20,8 +20,8 @@ from PIL import Image
 
 import fastvid
 from fastvid import checkpoint, cli, results, train
-from fastvid.datasets.cifar import CIFAR10
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
+from fastvid.datasets.cifar import CIFAR10
 from fastvid.progress import Progress
 from fastvid.wresnet import WideResNet
 

@@ -201,12 +201,7 @@ SLOTS = {  # where somebody may hand a user a file: (its place, options of train
     "results": ("out/results.jsonl", (), True),
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
     "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),
-<<<<<<< HEAD
     "cache": ("data/.fastvid-cache/folder-train.rgb", ("--dataset", "folder"), False),
-    "lock": ("out/.lock.holder", (), True),
-=======
-    "cache": ("data/.fastvid-cache/cifar100-train.safetensors", ("--dataset", "cifar100"), False),
->>>>>>> report
 }
 
 

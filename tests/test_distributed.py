@@ -19,14 +19,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from fastvid.distributed import ALONE, Ranks, noticing_loss
+from fastvid.engine import GroupStep
+from fastvid.learner import Learner
 
 from fastvid import checkpoint, cli, datasets, distributed, results
 from fastvid.config import FitNetOptions, TrainConfig
 from fastvid.device import DTYPES
-from fastvid.distributed import ALONE, Ranks, noticing_loss
-from fastvid.engine import GroupStep
 from fastvid.errors import RankLost
-from fastvid.learner import Learner
 from fastvid.methods import build
 from fastvid.plan import BatchPlan
 from fastvid.reproduce import shares

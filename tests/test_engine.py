@@ -6,15 +6,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastvid.distributed import Ranks
+from fastvid.engine import LONG, GroupStep, Mode, choose_engine, evaluate
+from fastvid.learner import Learner
 
 from fastvid import engine
 from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
 from fastvid.device import DTYPES, choose_device
-from fastvid.distributed import Ranks
-from fastvid.engine import LONG, GroupStep, Mode, choose_engine, evaluate
 from fastvid.errors import InputError
-from fastvid.learner import Learner
 from fastvid.loader import EvalLoader, dali_is_installed, train_loader
 from fastvid.methods import build
 from fastvid.plan import BatchPlan

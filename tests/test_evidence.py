@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastvid.run import environment
 
 from fastvid import checkpoint, results
 from fastvid.results import Evaluation
-from fastvid.run import environment
 
 MEASURED = Path(__file__).resolve().parents[1] / "bench" / "results"
 KIND = ("device", "platform", "fastvid", "python", "torch", "numpy")

@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastvid import cli, results
+from fastvid.config import TrainConfig
+from fastvid.folder import OutputFolder
 
 pytestmark = pytest.mark.survival("kills and signals")
 
@@ -210,7 +211,7 @@ def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_los
 
 def test_a_second_process_on_a_folder_ends_within_two_seconds_and_says_why(tmp_path, figure):
     out = tmp_path / "out"
-    with results.exclusive(results.open_folder(Path(out))):
+    with OutputFolder(out).claim(TrainConfig(dataset="digits", out=str(out))):
         began = time.monotonic()
         second = subprocess.run(
             [sys.executable, "-m", "fastvid", "train", "--dataset", "digits", "--out", str(out)],

@@ -11,9 +11,9 @@ import subprocess
 import sys
 
 import pytest
+from fastvid.engine import GroupStep
 
 from fastvid import cli, results
-from fastvid.engine import GroupStep
 
 TRAIN = [
     "train",

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvid.learner import Learner
 from torch import nn
 
 import fastvid
 from fastvid.config import OPTION_GROUPS, ATOptions, FitNetOptions, KDOptions, TrainConfig, VIDOptions
-from fastvid.learner import Learner
 from fastvid.methods import METHODS, Terms, build
 from fastvid.methods.vid import VARIANTS, least_variance
 from fastvid.wresnet import TAPS, WideResNet

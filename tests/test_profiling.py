@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from fastvid.engine import GroupStep
 
 from fastvid import checkpoint, cli, results
-from fastvid.engine import GroupStep
 from fastvid.profiling import STEPS
 
 REHEARSED = 2 + STEPS  # steps before the training

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastvid.engine import GroupStep
 
 from fastvid import checkpoint, cli, results
-from fastvid.engine import GroupStep
 from fastvid.errors import InputError
 from fastvid.reproduce import images_per_class
 from fastvid.wresnet import WideResNet

@@ -5,9 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -145,27 +142,6 @@ def test_results_of_another_program_are_refused(tmp_path, content):
         results.read(tmp_path)
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from fastvid import results
-with results.exclusive(Path(sys.argv[1])):
-    pass
-"""
-
-
-def test_a_folder_is_held_by_one_process_and_nested_calls_in_it(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with results.exclusive(tmp_path):
-        with results.exclusive(tmp_path):
-            pass
-        second = subprocess.run(command, capture_output=True, text=True, check=False)
-        message = f"another fastvid is at work in {tmp_path}: wait for it, or give another --out"
-        assert second.returncode and re.search(f"InputError: {message}$", second.stderr, re.MULTILINE)
-    subprocess.run(command, check=True)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named_with_the_remedy_and_never_waited_for(
     tmp_path, monkeypatch, number
@@ -175,8 +151,6 @@ def test_a_file_system_without_locks_is_named_with_the_remedy_and_never_waited_f
 
     monkeypatch.setattr(fcntl, "flock", flock)
     message = f"{tmp_path} is on a file system without file locks .*: choose a folder on a local disk"
-    with pytest.raises(InputError, match=message), results.exclusive(tmp_path):
-        pass
     with pytest.raises(InputError, match=message):
         results.append(tmp_path, RESULT)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastvid.learner import Learner
 
 from fastvid import checkpoint
 from fastvid.config import TrainConfig
-from fastvid.learner import Learner
 from fastvid.methods import build
 from fastvid.wresnet import WideResNet
 
