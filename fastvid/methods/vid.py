@@ -4,11 +4,11 @@ q is a Gaussian. A regressor of the student map gives its mean, and one learned 
 channels which the student cannot predict weigh less.
 
 Why the variances have a floor. The last layer of a regressor computes the mean from K hidden units h = ReLU(BN(.)). With
-h̃ = (h, 1) the loss has the curvature λ/(C·v)·E[h̃h̃ᵀ] in the weights of one of the C channels. At unit scale E[h] = 0.4 and
-E[h²] = 0.5, so the common direction of all units has the eigenvalue 0.16·K + 1.3. SGD with Nesterov momentum m is stable for
-curvatures below 2(1 + m)/(1 + 2m)/η, which is at least 4/(3η). A step is therefore stable as long as
+h̃ = (h, 1) the loss has the curvature λ/(C·v)·E[h̃h̃ᵀ] in the weights of one of the C channels. The batch norm has no scale
+and no shift, so E[h²] <= 1 in every batch, and the largest eigenvalue of E[h̃h̃ᵀ] is at most its trace, K + 1. SGD with
+Nesterov momentum m is stable for curvatures below 2(1 + m)/(1 + 2m)/η, which is at least 4/(3η). A step is stable if
 
-    v >= λ·η·(0.12·K + 1)/C        (least_variance)
+    v >= ¾·λ·η·(K + 1)/C        (least_variance)
 
 So each variance is softplus(raw_scale) plus that bound at the current learning rate η: it can fall as far as η has fallen.
 """
@@ -100,7 +100,7 @@ VARIANTS = {
 
 def least_variance(factor: float, learning_rate: float, hidden: int, channels: int) -> float:
     """The floor of the variances of a tap with these numbers of hidden units and teacher channels: see the top of this file."""
-    return factor * learning_rate * (0.12 * hidden + 1) / channels
+    return 0.75 * factor * learning_rate * (hidden + 1) / channels
 
 
 class VIDLoss(nn.Module):
