@@ -278,7 +278,9 @@ def test_the_memory_layout_of_a_momentum_in_the_file_does_not_matter(tiny, chang
     assert same(*train(config), whole)
 
 
-@pytest.mark.parametrize("harm, said", [(Path.unlink, "gone"), (lambda path: path.write_bytes(b"x"), "changed")])
+@pytest.mark.parametrize(
+    "harm, said", [(Path.unlink, "gone"), (lambda path: path.write_bytes(b"x"), "changed")]
+)
 def test_lost_or_changed_weights_of_a_finished_run_are_told(harm, said, tiny, capsys):
     config = tiny("a", "student")
     (run,) = train(config)
@@ -324,7 +326,9 @@ def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_mach
 def test_results_of_another_version_are_not_mixed_with_these(tiny, monkeypatch):
     train(tiny("a", "student"))
     monkeypatch.setattr("fastvid.__version__", "9.9")
-    with pytest.raises(InputError, match="holds results of fastvid .*, and this is 9.9: install that version"):
+    with pytest.raises(
+        InputError, match="holds results of fastvid .*, and this is 9.9: install that version"
+    ):
         train(tiny("a", "kd"))
 
 
@@ -341,7 +345,9 @@ def test_a_group_that_another_process_trains_is_refused_and_another_group_in_the
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_the_command_stops_on_a_signal_says_how_to_resume_and_does(tiny, number):
     config = tiny("broken", "student", epochs=40, checkpoint_every="1epoch")
     argv = command(config.out, epochs=40, checkpoint_every="1epoch")
@@ -614,7 +620,9 @@ def test_layers_above_the_hint_are_frozen_until_the_hint_is_learned(tiny, teache
 
 
 def test_a_hint_that_leaves_no_epoch_to_the_labels_is_refused(tiny):
-    with pytest.raises(InputError, match="--fitnet-hint-share is 0.6, wanted a share that leaves one of the 2"):
+    with pytest.raises(
+        InputError, match="--fitnet-hint-share is 0.6, wanted a share that leaves one of the 2"
+    ):
         train(tiny("a", "fitnet", fitnet=FitNetOptions(schedule="two-stage", hint_share=0.6)))
 
 
@@ -681,7 +689,9 @@ def test_the_information_of_each_regressor_is_that_of_the_saved_weights_on_the_e
     student, taught = WideResNet(10, 1), checkpoint.load_network(teacher, 10, 2, 10)
     method, saved = build("fitnet", config, student, taught).eval(), weights_of(result).tensors
     prefix = checkpoint.METHOD_PREFIX
-    student.load_state_dict({name: v for name, v in saved.items() if not name.startswith(prefix)}, strict=False)
+    student.load_state_dict(
+        {name: v for name, v in saved.items() if not name.startswith(prefix)}, strict=False
+    )
     method.load_state_dict(
         {name.removeprefix(prefix): v for name, v in saved.items() if name.startswith(prefix)}, strict=False
     )
