@@ -2,76 +2,60 @@
 
 import hashlib
 import re
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from fastvid.engine import GroupStep
+from tiny import after_each_step, options, signal_after
 
 from fastvid import checkpoint, cli, results
 from fastvid.errors import InputError
 from fastvid.reproduce import images_per_class
 from fastvid.wresnet import WideResNet
 
-SMALL = [
-    "--dataset",
-    "digits",
-    "--student-depth",
-    "10",
-    "--teacher-depth",
-    "10",
-    "--teacher-width",
-    "1",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "70",
-    "--precision",
-    "fp32",
-    "--methods",
-    "student,vid",
-]
+SMALL = {
+    "dataset": "digits",
+    "device": "cpu",
+    "student_depth": 10,
+    "teacher_depth": 10,
+    "teacher_width": 1,
+    "epochs": 1,
+    "batch_size": 70,
+    "precision": "fp32",
+    "methods": "student,vid",
+    "fractions": "5",
+    "seeds": 1,
+}
 
 
-def reproduce(out, *options):
-    return cli.main(["reproduce", *SMALL, "--out", str(out), *options])
+def reproduce(out, **settings):
+    return cli.main(["reproduce", *options(**SMALL | settings), "--out", str(out)])
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """The students of every step that is taken; `steps.interrupt_at = n` sends SIGINT during the n-th."""
-    real = GroupStep.__call__
-
-    class Steps(list):
-        interrupt_at = None
-
-    taken = Steps()
-
-    def step(self, *batch):
-        real(self, *batch)
-        taken.append([learner.name for learner in self.learners])
-        if len(taken) == taken.interrupt_at:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(GroupStep, "__call__", step)
-    return taken
+def steps():
+    """The students of every step that is taken while the test runs."""
+    taken = []
+    with after_each_step(lambda step, *_: taken.append([student.name for student in step.students])):
+        yield taken
 
 
+@pytest.fixture
+def teacher(tmp_path):
+    """Path of an untrained WRN-10-1."""
+    torch.manual_seed(0)
+    checkpoint.save_weights(tmp_path / "teacher.safetensors", WideResNet(10, 1).state_dict(), {})
+    return tmp_path / "teacher.safetensors"
+
+
+@pytest.mark.slow
 def test_the_grid_trains_the_teacher_first_then_every_cell_and_ends_with_the_table(tmp_path, steps, capsys):
-    out = tmp_path / "out"
-    assert reproduce(out, "--fractions", "full,10", "--seeds", "2") == 0
-    printed = capsys.readouterr()
-    found, notes = results.read(out)
-    assert not notes
+    out, grid = tmp_path / "out", {"fractions": "full,10", "seeds": 2}
+    assert reproduce(out, **grid) == 0
+    printed, (found, notes) = capsys.readouterr(), results.read(out)
     teacher, *students = found
-    assert (teacher.method, teacher.per_class, teacher.seed, teacher.train_images, teacher.steps) == (
-        "teacher",
-        None,
-        0,
-        1400,
-        20,
-    )
+    assert not notes and (teacher.method, teacher.per_class, teacher.seed) == ("teacher", None, 0)
+    assert (teacher.train_images, teacher.steps) == (1400, 20)
     assert [(run.seed, run.per_class, run.method) for run in students] == [
         (seed, per_class, method)
         for seed in (0, 1)
@@ -80,83 +64,87 @@ def test_the_grid_trains_the_teacher_first_then_every_cell_and_ends_with_the_tab
     ]
     for run in found:
         assert hashlib.sha256((out / run.weights).read_bytes()).hexdigest() == run.weights_sha256
-        summary = f"\n{run.method} | {run.percent:.3g} % of digits, seed {run.seed}: {run.accuracy:.2f} % on test after the last epoch"
+        summary = (
+            f"\n{run.method} | {run.percent:.3g} % of digits, seed {run.seed}: {run.accuracy:.2f} % on test"
+        )
         assert summary in printed.err
-    taught = [run for run in students if run.method == "vid"]
-    assert {(run.teacher_sha256, run.teacher_accuracy) for run in taught} == {
-        (teacher.weights_sha256, teacher.accuracy)
-    }
-    assert steps == [["teacher"]] * 20 + ([["student", "vid"]] * 20 + [["student", "vid"]] * 2) * 2, (
-        "students share a step"
-    )
-
+    taught = {(run.teacher_sha256, run.teacher_accuracy) for run in students if run.method == "vid"}
+    assert taught == {(teacher.weights_sha256, teacher.accuracy)}
+    assert steps == [["teacher"]] * 20 + [["student", "vid"]] * 22 * 2, "students share a step"
     table = (out / "table.md").read_text()
     assert table.strip() in printed.out and all(name in table for name in ("Teacher", "Student", "VID", "±"))
-    assert {"table.csv", "table.md", "results.jsonl"} <= {path.name for path in out.iterdir()} and not list(
-        out.glob("*.resume")
-    )
+    assert (out / "table.csv").is_file() and not list(out.glob("*.resume"))
 
     steps.clear()
     written = (out / results.FILE).read_bytes()
-    assert reproduce(out, "--fractions", "full,10", "--seeds", "2") == 0
+    assert reproduce(out, **grid) == 0
     assert not steps and (out / results.FILE).read_bytes() == written
     assert capsys.readouterr().out == printed.out
 
 
-def test_an_interrupted_grid_goes_on_where_it_stopped_and_grows_to_the_same_results(tmp_path, steps, capsys):
-    grid = ["--fractions", "10,5", "--seeds", "1", "--teacher", str(teacher_in(tmp_path))]
-    assert reproduce(tmp_path / "whole", *grid) == 0
-    whole, _ = results.read(tmp_path / "whole")
+def test_an_interrupted_grid_resumes_where_it_stopped_and_ends_with_the_same_results(
+    tmp_path, steps, teacher, capsys
+):
+    grid = {"fractions": "10,5", "teacher": teacher}
+    assert reproduce(tmp_path / "whole", **grid) == 0
     total = len(steps)
-
     steps.clear()
-    steps.interrupt_at = 3  # two steps at 10 % are done then, and one of one at 5 %
-    assert reproduce(tmp_path / "broken", *grid) == 130
+    with signal_after(3):  # two steps at 10 % are done then, and one of one at 5 %
+        assert reproduce(tmp_path / "broken", **grid) == 130
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"fastvid: stopped after step 1 of 1, all is saved in .*broken: the same command goes on from there",
-        message,
+        r"fastvid: stopped after step 1 of 1, all is saved in .*: the same .* resumes there", message
     )
     assert [run.per_class for run in results.read(tmp_path / "broken")[0]] == [14, 14]
-    assert reproduce(tmp_path / "broken", *grid) == 0
+    assert reproduce(tmp_path / "broken", **grid) == 0
     assert len(steps) == total, "no step is taken twice"
-    broken, _ = results.read(tmp_path / "broken")
-    assert [(run.method, run.per_class, run.accuracy, run.history) for run in broken] == [
-        (run.method, run.per_class, run.accuracy, run.history) for run in whole
-    ]
-
-
-def test_a_given_teacher_is_used_and_its_accuracy_recorded(tmp_path, steps):
-    teacher = teacher_in(tmp_path)
-    assert reproduce(tmp_path / "out", "--fractions", "5", "--seeds", "1", "--teacher", str(teacher)) == 0
-    student, vid = results.read(tmp_path / "out")[0]
-    assert steps == [["student", "vid"]]
-    assert (
-        vid.teacher_sha256 == hashlib.sha256(teacher.read_bytes()).hexdigest()
-        and 0 < vid.teacher_accuracy < 100
+    whole, broken = (
+        [(run.method, run.per_class, run.accuracy, run.history) for run in results.read(tmp_path / name)[0]]
+        for name in ("whole", "broken")
     )
-    assert student.teacher_sha256 is None
+    assert whole == broken
+
+
+def test_a_given_teacher_is_used_and_its_accuracy_recorded(tmp_path, steps, teacher):
+    assert reproduce(tmp_path / "out", teacher=teacher) == 0
+    student, vid = results.read(tmp_path / "out")[0]
+    assert steps == [["student", "vid"]] and student.teacher_sha256 is None
+    assert vid.teacher_sha256 == hashlib.sha256(teacher.read_bytes()).hexdigest()
     assert f"{vid.teacher_accuracy:.2f}" in (tmp_path / "out" / "table.md").read_text()
 
 
-def teacher_in(folder: Path) -> Path:
-    torch.manual_seed(0)
-    checkpoint.save_weights(folder / "teacher.safetensors", WideResNet(10, 1).state_dict(), {})
-    return folder / "teacher.safetensors"
+@pytest.mark.survival("numbers")
+def test_a_student_that_diverges_costs_its_cells_only_and_the_grid_ends_with_status_1(
+    tmp_path, steps, teacher, capsys
+):
+    grid = {"methods": "student,fitnet", "fractions": "10,5", "teacher": teacher}
+    out = tmp_path / "out"
+    for _ in range(2):  # the second command trains nothing
+        assert reproduce(out, fitnet_weight=1e39, **grid) == 1
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-2:] == [
+            f"fastvid: fitnet ({per_class} per class, seed 0) diverged in epoch 1: transfer loss inf"
+            for per_class in (14, 7)
+        ]
+        assert "| Student" in printed.out
+    assert len(steps) == 3
+    assert reproduce(tmp_path / "whole", fractions="10,5", methods="student") == 0
+    assert [run.weights_sha256 for run in results.read(out)[0] if not run.diverged] == [
+        run.weights_sha256 for run in results.read(tmp_path / "whole")[0]
+    ]
+    assert reproduce(out, fitnet_weight=1, **grid) == 0, "tried again, because its settings changed"
+
+
+def test_a_grid_whose_teacher_diverged_ends_with_the_remedy(tmp_path, steps, capsys):
+    for _ in range(2):
+        assert reproduce(tmp_path / "out", learning_rate=1e30, batch_size=700) == 2
+        assert "the teacher diverged in epoch 1: " in capsys.readouterr().err
+    assert steps == [["teacher"]] * 2
 
 
 @pytest.mark.parametrize(
     "fraction, class_size, count",
-    [
-        ("full", 5000, None),
-        ("20", 5000, 1000),
-        ("10", 5000, 500),
-        ("2", 5000, 100),
-        ("5", 140, 7),
-        ("10", 140, 14),
-        ("0.5", 140, 1),
-        ("12.5", 500, 62),
-    ],
+    [("full", 5000, None), ("20", 5000, 1000), ("5", 140, 7), ("0.5", 140, 1), ("12.5", 500, 62)],
 )
 def test_a_fraction_is_that_share_of_each_class(fraction, class_size, count):
     assert images_per_class(fraction, class_size) == count
@@ -164,70 +152,59 @@ def test_a_fraction_is_that_share_of_each_class(fraction, class_size, count):
 
 def test_a_fraction_of_less_than_one_image_is_refused():
     with pytest.raises(
-        InputError, match="--fractions 0.1: 0.1 % of 140 images per class is less than one image: take more"
+        InputError, match="--fractions 0.1: 0.1 % of 140 images per class is less than one image"
     ):
         images_per_class("0.1", 140)
 
 
 @pytest.mark.parametrize(
-    "options, phrase",
+    "settings, phrase",
     [
-        pytest.param(["--methods", "student,dkd"], "unknown method 'dkd'", id="unknown-method"),
+        pytest.param({"methods": "student,dkd"}, "unknown method 'dkd'", id="unknown-method"),
+        pytest.param({"methods": "vid,vid"}, "wanted one or more methods, each once", id="a-method-twice"),
+        pytest.param({"fractions": "full,half"}, "wanted full or percents", id="unknown-fraction"),
+        pytest.param({"fractions": "full,0.1"}, "is less than one image", id="fraction-of-no-image"),
         pytest.param(
-            ["--methods", "vid,vid"], "vid,vid, wanted one or more methods, each once", id="a-method-twice"
-        ),
-        pytest.param(
-            ["--fractions", "full,half"],
-            "--fractions is full,half, wanted full or percents",
-            id="unknown-fraction",
-        ),
-        pytest.param(["--fractions", "full,0.1"], "is less than one image", id="fraction-of-no-image"),
-        pytest.param(
-            ["--fractions", "full,10,4"],
+            {"fractions": "full,10,4"},
             "a batch of 70 is larger than the training subset of 60 images",
             id="last-fraction-below-the-batch",
         ),
         pytest.param(
-            ["--fractions", "full,10", "--validation-per-class", "14"],
+            {"fractions": "full,10", "validation_per_class": 14},
             "validation",
             id="last-fraction-below-the-validation-split",
         ),
+        pytest.param({"student_depth": 11}, "--student-depth is 11, wanted 6n + 4", id="impossible-student"),
+        pytest.param({"seeds": 0}, "--seeds is 0, wanted 1 or more", id="no-seeds"),
         pytest.param(
-            ["--fractions", "10", "--student-depth", "11"],
-            "--student-depth is 11, wanted 6n + 4",
-            id="students-that-cannot-be-built",
+            {"methods": "teacher,vid", "teacher": "FILE"},
+            "--teacher gives a teacher and --methods asks to train one: leave one of them out",
+            id="two-teachers",
         ),
-        pytest.param(["--seeds", "0"], "--seeds is 0, wanted 1 or more", id="no-seeds"),
     ],
 )
-def test_what_is_wrong_anywhere_in_the_grid_is_said_before_anything_is_trained(
-    tmp_path, steps, capsys, options, phrase
+def test_an_error_anywhere_in_the_grid_is_found_before_anything_is_trained(
+    tmp_path, steps, capsys, settings, phrase
 ):
-    assert reproduce(tmp_path / "out", *options) == 2
+    assert reproduce(tmp_path / "out", **settings) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastvid: error: ") and phrase in line
     assert not steps
 
 
+@pytest.mark.slow
 @pytest.mark.survival("wrong but well-formed")
 def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teacher_that_is_there(
     tmp_path, steps, capsys
 ):
-    out = tmp_path / "out"
-    assert reproduce(out, "--fractions", "10", "--seeds", "1") == 0
-    path = out / results.FILE
+    out, path = tmp_path / "out", tmp_path / "out" / results.FILE
+    assert reproduce(out, fractions="10") == 0
     _, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(others))
     steps.clear()
-    assert reproduce(out, "--fractions", "10", "--seeds", "2") == 0
-    assert (
-        "teacher-full-seed0.safetensors taught the students of results.jsonl, which has lost the result of it"
-        in capsys.readouterr().err
-    )
+    assert reproduce(out, fractions="10", seeds=2) == 0
+    assert "it is the teacher of the results here, although its own result line" in capsys.readouterr().err
     assert steps == [["student", "vid"]] * 2
-    (out / "teacher-full-seed0.safetensors").unlink()
-    assert reproduce(out, "--fractions", "10", "--seeds", "3") == 2
-    assert (
-        "whose result is not there, so none is trained there: give that one as --teacher"
-        in capsys.readouterr().err
-    )
+    Path(out, "teacher-full-seed0.safetensors").unlink()
+    assert reproduce(out, fractions="10", seeds=3) == 2
+    assert "whose result is not there, so no other teacher is trained there" in capsys.readouterr().err
