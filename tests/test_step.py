@@ -8,11 +8,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastvid.decode import dali_is_installed
 
 from fastvid import step as step_module
 from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
-from fastvid.decode import dali_is_installed
 from fastvid.device import DTYPES
 from fastvid.errors import InputError
 from fastvid.loader import EvalLoader, train_loader

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fastvid.datasets.arrays import SIZE, Arrays, channel_statistics, files_digest
 from fastvid.errors import InputError
-from fastvid.files import remove_leftovers, write_atomic
+from fastvid.files import locked, write_atomic
 from fastvid.progress import say
 
 CACHE = ".fastvid-cache"  # folder below ROOT
@@ -230,14 +230,14 @@ def _read_cache(path: Path, key: bytes, count: int) -> np.ndarray | None:
 
 
 def _write_cache(path: Path, key: bytes, images: np.ndarray) -> None:
-    """Processes that start together may all write: the bytes are the same, and a reader checks them.
+    """Write the cache. Processes that start together all write, one after the other: the bytes are the same.
 
     A folder that cannot be written is no error: a note says that the images are decoded again.
     """
     try:
         path.parent.mkdir(exist_ok=True)
-        remove_leftovers(path.parent)
-        write_atomic(path, key + hashlib.sha256(images).digest() + images.tobytes())
+        with locked(path.with_suffix(".lock")):
+            write_atomic(path, key + hashlib.sha256(images).digest() + images.tobytes())
     except (InputError, OSError) as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         say(f"{path} cannot be written ({reason}): the images are decoded again at each start")
