@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_results import RESULT
+from tiny import command
 
 from fastvid import checkpoint, cli, results
 from fastvid.datasets import folder as image_folder
@@ -110,45 +111,24 @@ def test_a_disk_that_is_full_at_any_byte_leaves_what_was_there(make, tmp_path, c
     )
 
 
-def test_a_training_on_a_full_disk_ends_in_one_line_and_goes_on_to_the_same_bits_when_there_is_room(
+@pytest.mark.slow
+def test_a_training_on_a_full_disk_ends_in_one_line_and_resumes_to_the_same_bits_when_there_is_room(
     tmp_path, capsys, figure
 ):
     def run(name):
-        return cli.main(
-            [
-                "train",
-                "--dataset",
-                "digits",
-                "--per-class",
-                "5",
-                "--batch-size",
-                "50",
-                "--epochs",
-                "3",
-                "--student-depth",
-                "10",
-                "--device",
-                "cpu",
-                "--checkpoint-every",
-                "1epoch",
-                "--out",
-                str(tmp_path / name),
-            ]
-        )
+        return cli.main(command(tmp_path / name, epochs=3, checkpoint_every="1epoch"))
 
     assert run("whole") == 0
     (expected,), _ = results.read(tmp_path / "whole")
-    largest = (tmp_path / "whole" / expected.weights).stat().st_size
-    ends = 0
+    largest, ends = (tmp_path / "whole" / expected.weights).stat().st_size, 0
     for share in (0.0, 0.0005, 0.002, 0.5, 0.99, 1.5, 1.9):  # lock, result, weights, resume state
         with full_after(int(share * largest)):
             code = run("full")
         line = capsys.readouterr().err.splitlines()[-1]
         if code:
             ends += 1
-            assert code == 2 and re.fullmatch(
-                r"fastvid: error: .*cannot write.*(make room|choose another).*", line
-            ), line
+            assert code == 2, line
+            assert re.fullmatch(r"fastvid: error: .*cannot write.*(make room|choose another).*", line), line
     assert ends >= 5 and run("full") == 0
     (found,), notes = results.read(tmp_path / "full")
     assert found.weights_sha256 == expected.weights_sha256 and found.history == expected.history and not notes
