@@ -232,18 +232,21 @@ def main() -> None:
     if args.json:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"triton {triton.__version__}: {len(rows)} binaries")
-    print(
-        "| op | kernel | arch | warps | registers | spills | shared | tensor-core instructions | bytes per access |"
+    columns = (
+        "op",
+        "kernel",
+        "arch",
+        "warps",
+        "registers",
+        "spills",
+        "shared_bytes",
+        "tensor_core_instructions",
     )
+    print(f"| {' | '.join(columns)} | bytes per access |".replace("_", " "))
     print("|---|---|---|---:|---:|---:|---:|---:|---|")
     for row in rows:
-        access = ", ".join(
-            f"{name} {'/'.join(map(str, sizes))}" for name, sizes in row["bytes_per_access"].items()
-        )
-        print(
-            f"| {row['op']} | {row['kernel']} | {row['arch']} | {row['warps']} | {row['registers']} | {row['spills']} "
-            f"| {row['shared_bytes']} | {row['tensor_core_instructions']} | {access} |"
-        )
+        access = (f"{name} {'/'.join(map(str, sizes))}" for name, sizes in row["bytes_per_access"].items())
+        print(f"| {' | '.join(str(row[column]) for column in columns)} | {', '.join(access)} |")
 
 
 if __name__ == "__main__":

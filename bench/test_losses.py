@@ -1,17 +1,15 @@
-"""What the losses cost: plain PyTorch, the same under torch.compile, and the Triton kernels, beside a plain
-copy.
+"""What the losses cost: plain PyTorch, torch.compile of it, and the Triton kernels, beside a plain copy.
 
     python -m pytest bench/test_losses.py [--rows FILE.jsonl] [--dtype bf16] [--quick]
 
-Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Every call is compared with the float64
-reference on the same inputs before it is timed, in the form in which it is timed: of a CUDA graph, with what
-a replay writes over NaN.
+Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Before a call is timed, it is compared with
+the float64 reference on the same inputs, launched in the same way; a replayed graph must overwrite NaN.
 
-On a GPU the time is that of triton.testing.do_bench: between two events, after the L2 was overwritten. Of a
-call launched by the host it holds the gaps in which the GPU waits for Python. In a graph it holds the graph's
-start (microseconds), and the zeros that cleared the L2 have yet to reach memory when it starts. Both hardly
-count in a graph of eight calls, each on inputs of its own, which nothing has touched since. The rows of
-`copy`, as many bytes launched the same way, say what each way leaves of the bandwidth.
+GPU times come from triton.testing.do_bench: between two events, after the L2 cache was overwritten. The time of
+a call that the host launches includes the gaps in which the GPU waits for Python. The time of a graph includes
+the start of the graph (microseconds), and the zeros that cleared the L2 cache are not in memory yet when it
+starts. Both hardly matter in a graph of eight calls, each on inputs of its own. The rows of `copy` move as many
+bytes, launched in the same way: they show how much of the bandwidth each way of launching leaves.
 """
 
 from __future__ import annotations
@@ -124,7 +122,7 @@ def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dty
         softened_kl         2BK logits, 3BK                             kd.py
         mean_squared_error  as vid_nll                                  vid.py
 
-    In fp16 backward reads again, because only then is the scale of the gradient known (launch.py). Not
+    In fp16 backward reads again, because only then is the scale of the gradient known (one_pass.py). Not
     counted: parameters and their gradients, 2.5 % of the maps at most (projection, group3), and partial sums,
     which stay in the L2.
     """

@@ -118,7 +118,7 @@ def test_an_operator_passes_the_checks_of_pytorch(name):
         if sample[-1] is not None:  # called within backward
             sample = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in sample)
         elif sample[-2]:
-            tests.pop()  # this test would use the gradient that backward scales in place; see the compiled losses
+            tests.pop()  # it would use the gradient that backward scales in place; the compiled losses follow
         torch.library.opcheck(getattr(torch.ops.fastvid, name).default, sample, test_utils=tests)
 
 
