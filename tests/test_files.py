@@ -24,7 +24,7 @@ except InputError as error:
 """
 
 
-def test_a_file_is_replaced_whole_and_nothing_lies_beside_it(tmp_path):
+def test_a_file_is_replaced_completely_and_no_other_file_remains(tmp_path):
     path = tmp_path / "weights"
     for content in (b"first", b"", b"second, and longer"):
         write_atomic(path, content)
@@ -81,7 +81,7 @@ def test_a_lock_keeps_another_process_out_until_its_holder_ends_or_is_killed(tmp
         pytest.param("folder", id="a-folder-is-in-the-way"),
     ],
 )
-def test_a_path_that_cannot_be_written_is_an_input_error_and_leaves_nothing(tmp_path, path):
+def test_a_path_that_cannot_be_written_is_an_input_error_and_leaves_no_file(tmp_path, path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=f"{tmp_path / path}: cannot write 3 bytes: .*choose another folder"):
@@ -122,7 +122,7 @@ def test_the_content_is_synced_before_the_name_points_to_it(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "number, accepted", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)]
 )
-def test_a_file_system_that_cannot_sync_folders_will_do_and_one_that_fails_to_is_told(
+def test_a_file_system_that_cannot_sync_folders_is_accepted_and_a_failing_one_is_reported(
     number, accepted, tmp_path, monkeypatch
 ):
     real = os.fsync

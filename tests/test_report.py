@@ -408,20 +408,20 @@ def test_a_repeated_line_counts_once_and_is_noted(tmp_path):
 
 
 def test_folders_share_one_table_with_the_settings_in_which_they_differ_as_row_names(tmp_path):
-    weights = {"a": 3.0, "b": 30.0}
+    weights = {"a": 4.0, "b": 30.0}
     for name, weight in weights.items():
         vid = {"vid": VIDOptions("paper", weight), "out": name, "data": name}
         students = [run("student", 50.0, seed=seed, **vid) for seed in (0, 1)]
         written(tmp_path / name, *students, *(run("vid", 60.0 + weight, seed=seed, **vid) for seed in (0, 1)))
     text = report([tmp_path / "a", tmp_path / "b"], out=tmp_path / "c")
     table = rows_of(text)
-    assert list(table) == ["Method", "Student WRN-16-1", "VID, weight 3.0", "VID, weight 30.0"]
+    assert list(table) == ["Method", "Student WRN-16-1", "VID, weight 4.0", "VID, weight 30.0"]
     assert table["VID, weight 30.0"] == ["90.00 ± 0.00 (2)"]
-    assert rows_of(text, 2)["VID, weight 3.0"] == ["+13.00 ± 0.00 (2)"]
+    assert rows_of(text, 2)["VID, weight 4.0"] == ["+14.00 ± 0.00 (2)"]
     assert files_in(tmp_path / "c") == TABLES | PLOTS and files_in(tmp_path / "a") == {results.FILE}
     assert {row["settings"] for row in csv_rows(tmp_path / "c", "runs.csv")} == {
         "",
-        "weight 3.0",
+        "weight 4.0",
         "weight 30.0",
     }
 
@@ -595,7 +595,10 @@ def test_information_of_the_regressors_is_plotted_where_results_carry_it(tmp_pat
 
 def test_runs_that_all_diverged_or_have_no_history_are_plotted_too(tmp_path):
     lost = dataclasses.replace(diverged("kd"), history=[])
-    text = report(written(tmp_path, diverged("vid"), lost))
+    vid = dataclasses.replace(
+        diverged("vid"), history=[Evaluation(1, 9.0, 1.0, 0.5, {}, {"vid at stem": [0, 0]})]
+    )
+    text = report(written(tmp_path, vid, lost))
     assert PLOTS <= files_in(tmp_path) and "plots are missing" not in text
 
 

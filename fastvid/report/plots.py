@@ -55,8 +55,7 @@ def plots_of(section: Section) -> dict[str, Callable]:
     """{file name: its drawing function}."""
     found = {"curves": _curves, "accuracy": _accuracy}
     found |= {"labels": _labels} if len(section.columns) > 1 else {}
-    has_information = any(point.information for run in section.runs for point in run.history)
-    return found | ({"information": _information} if has_information else {})
+    return found | ({"information": _information} if _taps(section) else {})
 
 
 def render(draw: Callable, section: Section) -> dict[str, bytes]:
@@ -227,9 +226,7 @@ def _information(figure, section: Section) -> None:
                     lines[column, quantity, name.rpartition(" at ")[2], row, name] = points
     shown = [(column, quantity) for column in section.columns[::-1] for quantity in (0, 1)]
     shown = [key for key in shown if any(line[:2] == key for line in lines)]
-    longest = max((point.information for run in section.runs for point in run.history), key=len)
-    taps = [name.rpartition(" at ")[2] for name in longest]
-    taps = list(dict.fromkeys([*taps, *(tap for _, _, tap, _, _ in lines)]))
+    taps = _taps(section)
     figure.set_size_inches(1.2 + 2.6 * len(taps), 1.0 + 1.7 * len(shown))
     grid = figure.subplots(len(shown), len(taps), squeeze=False, sharey="row")
     colours = _colours(section)
@@ -251,6 +248,15 @@ def _information(figure, section: Section) -> None:
     figure.suptitle(f"{section.title}: what the regressors explain, {_seeds(section, 'mean and range')}")
     drawn = {row.title: Line2D([], [], color=colours[row], ls=_dashes(row)) for _, _, _, row, _ in lines}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4)
+
+
+def _taps(section: Section) -> list[str]:
+    """The taps with a regressor, in the order of the regressor that has most of them."""
+    points = [point for run in section.runs if run.diverged is None for point in run.history]
+    names = [
+        name for point in sorted(points, key=lambda p: -len(p.information)) for name in point.information
+    ]
+    return list(dict.fromkeys(name.rpartition(" at ")[2] for name in names))
 
 
 def _dashes(row: Row) -> str:
