@@ -20,15 +20,9 @@ from PIL import Image
 from tiny import command, options
 
 import fastvid
-<<<<<<< HEAD
-from fastvid import checkpoint, cli, results, train
-from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
-from fastvid.datasets.cifar import CIFAR10
-=======
 from fastvid import checkpoint, cli, results, signals, train
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.plan import BatchPlan
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee
 from fastvid.progress import Progress
 from fastvid.wresnet import WideResNet
 
@@ -184,35 +178,12 @@ def test_a_damaged_cifar_file_is_named(refused, cifar10_root, tmp_path, damage, 
         pytest.param("train/cat train/dog", None, "test: --dataset folder wants", id="no-test"),
         pytest.param("train/cat test/cat", None, "train holds 1 class folders, wanted two", id="one-class"),
         pytest.param(
-<<<<<<< HEAD
-            [],
-            None,
-            "train: --dataset folder wants DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE",
-            id="no-train",
-        ),
-        pytest.param(["train/cat", "train/dog"], None, "test: --dataset folder wants", id="no-test"),
-        pytest.param(
-            ["train/cat", "test/cat"], None, "train holds 1 class folders, wanted two or more", id="one-class"
-        ),
-        pytest.param(
-            ["train/cat", "train/dog", "test/cat", "test/cow"],
-=======
             "train/cat train/dog test/cat test/cow",
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee
             None,
             "train and test hold different classes (cow, dog)",
             id="other-classes",
         ),
-<<<<<<< HEAD
-        pytest.param(
-            ["train/cat", "train/dog", "test/cat", "test/dog"],
-            "train/dog/0.png",
-            "0.png (not a png, jpg, webp, bmp or tif image): replace or remove",
-            id="damaged-image",
-        ),
-=======
         pytest.param("train/cat train/dog test/cat test/dog", "train/dog/0.png", "0.png", id="damaged-image"),
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee
     ],
 )
 def test_a_wrong_folder_layout_is_told_with_the_right_one(refused, tmp_path, present, broken, phrase):
@@ -583,20 +554,12 @@ def test_doctor_finds_real_cifar10(cifar10_root, capsys):
     assert re.search(r"^  cifar10 +50,000 training and 10,000 test images$", capsys.readouterr().out, re.M)
 
 
-<<<<<<< HEAD
-def test_doctor_tells_damage_and_missing_packages_and_still_succeeds(tmp_path, monkeypatch, capsys):
-    spec = CIFAR10
-    for file in (*spec.train, *spec.test, spec.meta[0]):
-        (tmp_path / spec.folder).mkdir(exist_ok=True)
-        (tmp_path / spec.folder / file).write_bytes(b"cut off")
-=======
 def test_doctor_tells_damage_and_missing_packages_and_still_succeeds(
     tmp_path, cifar10_root, monkeypatch, capsys
 ):
     shutil.copytree(cifar10_root / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
     for path in (tmp_path / "cifar-10-batches-py").iterdir():
         path.write_bytes(b"cut off")
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee
     for module in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     assert cli.main(["doctor", "--data", str(tmp_path)]) == 0

@@ -160,59 +160,6 @@ def test_signals_at_random_moments_end_within_five_seconds_with_one_line_and_los
     figure(number.name, f"{runs} runs, {count} stops, the slowest end after {slowest:.1f} s")
 
 
-<<<<<<< HEAD
-def test_a_second_process_on_a_folder_ends_within_two_seconds_and_says_why(tmp_path, figure):
-    out = tmp_path / "out"
-    with OutputFolder(out).claim(TrainConfig(dataset="digits", out=str(out))):
-        began = time.monotonic()
-        second = subprocess.run(
-            [sys.executable, "-m", "fastvid", "train", "--dataset", "digits", "--out", str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        seconds = time.monotonic() - began
-    assert second.returncode == 2 and "another fastvid is at work in " in second.stderr
-    assert seconds < 2 and second.stderr.count("\n") == 1
-    figure("second process", f"ends after {seconds:.1f} s")
-
-
-@pytest.mark.parametrize("what", ["train", "reproduce"])
-def test_of_two_that_start_at_once_in_a_new_folder_one_ends_within_two_seconds(
-    what, tmp_path, teacher, figure
-):
-    """It imports no torch, which takes most of a start."""
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "fastvid",
-        what,
-        "--dataset",
-        "digits",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    both = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) for _ in range(2)
-    ]
-    try:
-        began = time.monotonic()
-        while all(process.poll() is None for process in both):
-            time.sleep(0.01)
-        seconds = time.monotonic() - began
-        (second,) = [process for process in both if process.poll() is not None]
-        *imports, line = second.stderr.read().splitlines()
-        assert second.returncode == 2 and "another fastvid is at work in " in line
-        assert not any(entry.split("|")[-1].strip() == "torch" for entry in imports)
-        assert seconds < 2
-    finally:
-        for process in both:
-            process.kill()
-            process.communicate()
-    figure(f"two of {what} at once", f"one ends after {seconds:.1f} s, Python's start included, and says so")
-=======
 def test_a_second_process_that_wants_the_same_group_ends_in_one_line(tmp_path, figure):
     config = TrainConfig(dataset="digits", out=str(tmp_path / "out"))
     with OutputFolder(config.out).claim(config):
@@ -222,4 +169,3 @@ def test_a_second_process_that_wants_the_same_group_ends_in_one_line(tmp_path, f
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     assert f"another fastvid is at work in {config.out}: wait for it, or give another --out" in second.stderr
     figure("second process", f"ends after {time.monotonic() - began:.1f} s")
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee

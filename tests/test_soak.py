@@ -13,19 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from fastvid.learner import Learner
-
-from fastvid import checkpoint
-from fastvid.config import TrainConfig
-from fastvid.methods import build
-=======
 from tiny import options
 
 from fastvid import checkpoint
 from fastvid.config import TrainConfig
 from fastvid.student import new_student
->>>>>>> b7f926e9636bfd6c4000ea4469a3f1f6de96d3ee
 from fastvid.wresnet import WideResNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.survival("soak")]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import STEPS, TINY, after_each_step, command, signal_after
 
 from fastvid import checkpoint, cli, datasets, group, results
