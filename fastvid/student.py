@@ -132,8 +132,10 @@ class Student:
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._amp_foreach_non_finite_check_and_unscale_([values, *gradients], self._failed, self._one)
             self._failed_steps.add_(self._failed)
-            if self.settings.clip_norm:
+            if self.settings.clip_norm or self.method.has_regressors:
                 self.scaler.unscale_(self.optimizer)
+            self.method.clip_gradients()
+            if self.settings.clip_norm:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -168,7 +170,7 @@ class Student:
 
         Source: methods.base.information. In eval mode. Synchronises.
         """
-        if not any(term.has_regressors for term in self.method.transfers.values()):
+        if not self.method.has_regressors:
             return {}
         self.module.eval()
         with self.module.autocast():

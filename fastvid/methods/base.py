@@ -33,6 +33,26 @@ def in_layout_of(student_map: Tensor, output: Tensor) -> Tensor:
     return output
 
 
+CLIP_RATIO = 0.3
+
+
+@torch.no_grad()
+def clip_to_weights(module: nn.Module, ratio: float = CLIP_RATIO) -> None:
+    """Scale the gradient of each parameter of `module` down to at most `ratio` times the norm of that parameter.
+
+    Adaptive gradient clipping per tensor (Brock et al. 2021): with a learning rate η and momentum m no parameter changes by
+    more than ratio·η/(1 - m) of its norm in a step, however large the loss is. Ordinary steps are far below the limit.
+    Call it between backward() and the optimizer's step, in fp16 after `scaler.unscale_(optimizer)`. Does not synchronise.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    if not parameters:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    limits = ratio * torch.stack(torch._foreach_norm(parameters)).clamp(min=1e-3)
+    factors = (limits / torch.stack(torch._foreach_norm(gradients)).clamp(min=1e-12)).clamp(max=1)
+    torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
 class Transfer(nn.Module):
     """One weighted transfer term: `transfer(student, teacher)` -> {tap: its part of the loss, a scalar}.
 
@@ -50,7 +70,7 @@ class Transfer(nn.Module):
     over = False
     """Whether this term has left the loss."""
     has_regressors = False
-    """Whether `predictions` returns something."""
+    """Whether `predictions` returns something, and `loss.clip_gradients` exists."""
 
     def forward(self, student: Activations, teacher: Activations) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -100,6 +120,16 @@ class Method(nn.Module):
     def set_learning_rate(self, value: float) -> None:
         for term in self.transfers.values():
             term.set_learning_rate(value)
+
+    @property
+    def has_regressors(self) -> bool:
+        return any(term.has_regressors for term in self.transfers.values())
+
+    def clip_gradients(self) -> None:
+        """Bound the gradients of all regressors; see clip_to_weights."""
+        for term in self.transfers.values():
+            if term.has_regressors and not term.over:
+                term.loss.clip_gradients()
 
     def phase(self) -> tuple[tuple[bool, bool], ...]:
         """What begin_epoch has changed: equal phases compute the same."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvid.config import FitNetOptions
 from fastvid.kernels import checks, mean_squared_error
-from fastvid.methods.base import Transfer, as_taps, in_layout_of
+from fastvid.methods.base import Transfer, as_taps, clip_to_weights, in_layout_of
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
@@ -69,6 +69,10 @@ class FitNetLoss(nn.Module):
             prediction = in_layout_of(student_map, regressor(student_map))
             losses.append(mean_squared_error(prediction, target, factor=self.factor, impl=self.impl))
         return losses
+
+    def clip_gradients(self) -> None:
+        """Bound the gradients of the regressors: call it between backward() and step(), as clip_to_weights says."""
+        clip_to_weights(self.regressors)
 
     def predictions(self, student_maps: Sequence[Tensor]) -> list[Tensor]:
         """What the regressors make of the student's maps."""
