@@ -73,7 +73,7 @@ def test_resolving_changes_nothing_else_and_twice_is_once():
 @pytest.mark.parametrize(
     "options, weight",
     [
-        (VIDOptions(), 10.0),
+        (VIDOptions(), 30.0),
         (VIDOptions(variant="repdistiller"), 1.0),
         (VIDOptions(weight=0.0), 0.0),
         (VIDOptions(variant="repdistiller", weight=3.0), 3.0),
@@ -190,6 +190,7 @@ def test_the_configuration_survives_json_up_to_lists():
     read = json.loads(json.dumps(settings, allow_nan=False))
     assert read.pop("method") == ["vid", "kd+at"] and settings.pop("method") == ("vid", "kd+at")
     assert read.pop("milestones") == list(settings.pop("milestones"))
+    assert read["fitnet"].pop("tap") == list(settings["fitnet"].pop("tap"))
     assert read == settings and set(OPTION_GROUPS) == {"kd", "fitnet", "at", "vid"} <= settings.keys()
 
 
