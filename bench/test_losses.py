@@ -5,11 +5,11 @@
 Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Before a call is timed, it is compared with
 the float64 reference on the same inputs, launched in the same way; a replayed graph must overwrite NaN.
 
-GPU times come from triton.testing.do_bench: between two events, after the L2 cache was overwritten. The time of
-a call that the host launches includes the gaps in which the GPU waits for Python. The time of a graph includes
-the start of the graph (microseconds), and the zeros that cleared the L2 cache are not in memory yet when it
-starts. Both hardly matter in a graph of eight calls, each on inputs of its own. The rows of `copy` move as many
-bytes, launched in the same way: they show how much of the bandwidth each way of launching leaves.
+GPU times come from triton.testing.do_bench: between two events, after the L2 cache was overwritten. The time
+of a call that the host launches includes the gaps in which the GPU waits for Python. The time of a graph
+includes the start of the graph (microseconds), and the zeros that cleared the L2 cache are not in memory yet
+when it starts. Both hardly matter in a graph of eight calls, each on inputs of its own. The rows of `copy`
+move as many bytes, launched in the same way: they show how much bandwidth each way of launching leaves.
 """
 
 from __future__ import annotations

@@ -124,143 +124,76 @@ def cases() -> dict[str, Case]:
     """Cases by name. The part before the comma is the module whose faults a case should catch."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     generator = torch.Generator().manual_seed(0)
-    unscaled = {
-        "factor": 1e-6,
-        "upstream": (65536.0, 32768.0),
-    }  # gradients below the smallest number of fp16 until upstream comes
+    # Gradients are below the smallest number of fp16 until they are multiplied by upstream.
+    scaled = {"factor": 1e-6, "upstream": (65536.0, 32768.0)}
+
+    def last(tensor):  # channels-last, but a weight keeps its strides
+        maps = tensor.dim() == 4 and tensor.shape[2:] != (1, 1)
+        return tensor.to(memory_format=torch.channels_last) if maps else tensor
 
     def draw(*shape, dtype=fp32):
-        return torch.randn(shape, generator=generator).to(dtype)
+        return last(torch.randn(shape, generator=generator).to(dtype))
 
     def whole(*shape, dtype=fp32):  # -1, 0 and 1: a mean of them is exact in 16 bits
-        return torch.randint(-1, 2, shape, generator=generator).to(dtype)
+        return last(torch.randint(-1, 2, shape, generator=generator).to(dtype))
+
+    def pair(*shape, dtype=fp32):
+        return draw(*shape, dtype=dtype), draw(*shape, dtype=dtype)
 
     def case(formula, *tensors, wanted=(), factor=1.0, upstream=(0.5, 3.0), **options):
-        tensors = [
-            t.to(memory_format=torch.channels_last)
-            if t is not None and t.dim() == 4 and t.shape[2:] != (1, 1)
-            else t
-            for t in tensors
-        ]  # a weight keeps its strides
         for position in wanted:
             tensors[position].requires_grad_()
-        return Case(formula, tuple(tensors), options, factor, upstream)
+        return Case(formula, tensors, options, factor, upstream)
 
-    holed, wide = draw(2, 3, 2, 3), draw(5, 13) + torch.tensor([-1000.0, 1000.0, 0.0, 0.0, -1000.0])[:, None]
+    vid, mse, projected, at, kd = (
+        vid_nll,
+        mean_squared_error,
+        projected_vid_nll,
+        attention_transfer,
+        softened_kl,
+    )
+    half, holed = {"factor": 0.5, "eps": 0.1}, draw(2, 3, 2, 3)
     holed[0, 1, 0, 0] = math.nan
+    wide = draw(5, 13) + torch.tensor([-1000.0, 1000.0, 0.0, 0.0, -1000.0])[:, None]
     tiny = torch.tensor([3e-7, 0.0, 1e-7]).view(3, 1, 1, 1)  # norms below 1e-12
+    far = last(torch.full((1, 3, 2, 2), 300.0, dtype=fp16)), last(torch.zeros(1, 3, 2, 2, dtype=fp16))
+    large, shapes = torch.cat((torch.tensor([30.0]), draw(11))), (1, 5, 3, 5)
+    small, mixed = torch.tensor([-17.0, -12.0]), torch.tensor([math.nan, 0.5, -0.5])
+    sliced = whole(1, 20, 6, 7, dtype=bf16), whole(12, 20, 1, 1), whole(12), draw(1, 12, 6, 7, dtype=bf16)
+    fp16s = whole(1, 20, 5, 7, dtype=fp16), whole(20, 12, 1, 1).transpose(0, 1), whole(12)
+    bare = whole(1, 16, 3, 3, dtype=bf16), whole(16, 16, 1, 1), None, draw(1, 16, 3, 3, dtype=bf16)
+    learned = whole(1, 4, 3, 3, dtype=bf16), whole(3, 4, 1, 1), whole(3), draw(1, 3, 3, 3, dtype=bf16)
+    loud = (300 * draw(2, 5, 3, 4)).to(fp16)
     return {
-        "vid, blocks": case(
-            vid_nll,
-            draw(1, 12, 3, 6, dtype=bf16),
-            draw(1, 12, 3, 6, dtype=bf16),
-            torch.cat((torch.tensor([30.0]), draw(11))),
-            wanted=(0, 2),
-            factor=0.5,
-            eps=0.1,
-        ),
+        "vid, blocks": case(vid, *pair(1, 12, 3, 6, dtype=bf16), large, wanted=(0, 2), **half),
         "vid, squared error": case(
-            mean_squared_error,
-            draw(1, 5, 3, 5, dtype=bf16),
-            draw(1, 5, 3, 5, dtype=bf16),
-            wanted=(0, 1),
-            factor=0.5,
-            upstream=(3.0, 0.5),
+            mse, *pair(*shapes, dtype=bf16), wanted=(0, 1), factor=0.5, upstream=(3.0, 0.5)
         ),
-        "vid, fp16": case(
-            vid_nll,
-            draw(1, 5, 3, 5, dtype=fp16),
-            draw(1, 5, 3, 5, dtype=fp16),
-            draw(5),
-            wanted=(0, 1, 2),
-            eps=0.1,
-            **unscaled,
-        ),
-        "vid, small variances": case(
-            vid_nll, draw(1, 2, 3, 3), draw(1, 2, 3, 3), torch.tensor([-17.0, -12.0]), wanted=(0, 2)
-        ),
-        "vid, residuals of 300": case(
-            vid_nll, torch.full((1, 3, 2, 2), 300.0, dtype=fp16), torch.zeros(1, 3, 2, 2, dtype=fp16), draw(3)
-        ),
-        "vid, NaN": case(
-            vid_nll, holed, draw(2, 3, 2, 3), torch.tensor([math.nan, 0.5, -0.5]), wanted=(0, 2)
-        ),
-        "vid, strided scale": case(
-            vid_nll, draw(2, 3, 2, 3), draw(2, 3, 2, 3), draw(3, 2)[:, 1], wanted=(0, 1), eps=0.1
-        ),
-        "vid, empty": case(vid_nll, draw(0, 3, 2, 2), draw(0, 3, 2, 2), draw(3)),
-        "projected_vid, slices": case(
-            projected_vid_nll,
-            whole(1, 20, 6, 7, dtype=bf16),
-            whole(12, 20, 1, 1),
-            whole(12),
-            draw(1, 12, 6, 7, dtype=bf16),
-            draw(12),
-            wanted=(0, 1, 2, 4),
-            factor=0.5,
-            eps=0.1,
-        ),
+        "vid, fp16": case(vid, *pair(*shapes, dtype=fp16), draw(5), wanted=(0, 1, 2), eps=0.1, **scaled),
+        "vid, small variances": case(vid, *pair(1, 2, 3, 3), small, wanted=(0, 2)),
+        "vid, residuals of 300": case(vid, *far, draw(3)),
+        "vid, NaN": case(vid, holed, draw(2, 3, 2, 3), mixed, wanted=(0, 2)),
+        "vid, strided scale": case(vid, *pair(2, 3, 2, 3), draw(3, 2)[:, 1], wanted=(0, 1), eps=0.1),
+        "vid, empty": case(vid, *pair(0, 3, 2, 2), draw(3)),
+        "projected_vid, slices": case(projected, *sliced, draw(12), wanted=(0, 1, 2, 4), **half),
         "projected_vid, fp16": case(
-            projected_vid_nll,
-            whole(1, 20, 5, 7, dtype=fp16),
-            whole(20, 12, 1, 1).transpose(0, 1),
-            whole(12),
-            draw(1, 12, 5, 7, dtype=fp16),
-            draw(12),
-            wanted=(0, 1, 2, 4),
-            **unscaled,
+            projected, *fp16s, draw(1, 12, 5, 7, dtype=fp16), draw(12), wanted=(0, 1, 2, 4), **scaled
         ),
-        "projected_vid, no bias": case(
-            projected_vid_nll,
-            whole(1, 16, 3, 3, dtype=bf16),
-            whole(16, 16, 1, 1),
-            None,
-            draw(1, 16, 3, 3, dtype=bf16),
-            draw(16),
-        ),
-        "projected_vid, wanted target": case(
-            projected_vid_nll,
-            whole(1, 4, 3, 3, dtype=bf16),
-            whole(3, 4, 1, 1),
-            whole(3),
-            draw(1, 3, 3, 3, dtype=bf16),
-            draw(3),
-            wanted=(0, 1, 2, 3, 4),
-            factor=0.5,
-            eps=0.1,
-        ),
-        "attention, in registers": case(
-            attention_transfer, draw(2, 5, 3, 4), draw(2, 5, 3, 4), wanted=(0, 1), factor=0.5
-        ),
+        "projected_vid, no bias": case(projected, *bare, draw(16)),
+        "projected_vid, wanted target": case(projected, *learned, draw(3), wanted=(0, 1, 2, 3, 4), **half),
+        "attention, in registers": case(at, *pair(2, 5, 3, 4), wanted=(0, 1), factor=0.5),
         "attention, tiles": case(
-            attention_transfer,
-            draw(2, 12, 3, 4, dtype=bf16),
-            draw(2, 5, 3, 4, dtype=bf16),
-            wanted=(0,),
-            factor=0.5,
+            at, draw(2, 12, 3, 4, dtype=bf16), draw(2, 5, 3, 4, dtype=bf16), wanted=(0,), factor=0.5
         ),
         "attention, fp16": case(
-            attention_transfer,
-            (300 * draw(2, 5, 3, 4)).to(fp16),
-            draw(2, 3, 3, 4, dtype=fp16),
-            wanted=(0,),
-            upstream=(65536.0, 32768.0),
+            at, last(loud), draw(2, 3, 3, 4, dtype=fp16), wanted=(0,), upstream=(65536.0, 32768.0)
         ),
-        "attention, tiny": case(attention_transfer, tiny * draw(3, 5, 3, 4), draw(3, 3, 3, 4), wanted=(0,)),
-        "attention, tiny tiles": case(
-            attention_transfer, tiny * draw(3, 12, 3, 4), draw(3, 3, 3, 4), wanted=(0,)
-        ),
+        "attention, tiny": case(at, last(tiny * draw(3, 5, 3, 4)), draw(3, 3, 3, 4), wanted=(0,)),
+        "attention, tiny tiles": case(at, last(tiny * draw(3, 12, 3, 4)), draw(3, 3, 3, 4), wanted=(0,)),
         "kd, strided": case(
-            softened_kl, wide[:, :10], 3 * draw(5, 17)[:, :10], wanted=(0, 1), factor=0.5, temperature=3.0
+            kd, wide[:, :10], 3 * draw(5, 17)[:, :10], wanted=(0, 1), factor=0.5, temperature=3.0
         ),
-        "kd, fp16": case(
-            softened_kl,
-            draw(2, 10, dtype=fp16),
-            draw(2, 10, dtype=fp16),
-            wanted=(0, 1),
-            temperature=3.0,
-            **unscaled,
-        ),
+        "kd, fp16": case(kd, *pair(2, 10, dtype=fp16), wanted=(0, 1), temperature=3.0, **scaled),
     }
 
 

@@ -472,7 +472,7 @@ def test_a_projection_whose_gradient_lies_on_either_side_of_a_power_of_two_is_ex
 
 
 def room(inputs, **options):
-    """A power of two that keeps all 16-bit gradients, that of the mean among them, below 16384: inf says nothing."""
+    """A power of two that keeps all 16-bit gradients below 16384, also of the mean: inf proves nothing."""
     exact = {name: x if x is None else x.double() for name, x in inputs.items()}
     wanted = [name for name in exact if exact[name] is not None and name != "raw_scale"]
     gradients = evaluate("projected_vid_nll", exact, impl="reference", wanted=wanted, **options)
