@@ -37,7 +37,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Yield a Stop that the first signal sets; the second one raises KeyboardInterrupt. Outside the main thread: never set."""
+    """Yield a Stop that the first signal sets; the second one raises KeyboardInterrupt.
+
+    A signal that is ignored (nohup) stays so. Outside the main thread the Stop is never set.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -52,7 +55,8 @@ def stop_on_signal() -> Iterator[Stop]:
                 _STDERR, b"\nfastvid: stopping after this step; a second signal ends the process at once\n"
             )
 
-    previous = {number: signal.signal(number, on_signal) for number in NUMBERS}
+    heard = [number for number in NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield stop
     finally:
