@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import fastvid
@@ -203,6 +204,9 @@ class OutputFolder:
             checkpoint_seconds=seconds["checkpoint"],
             peak_memory=peak_memory(device),
             diverged=diverged,
+            title=student.method.title,
+            colour=student.method.colour,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
 

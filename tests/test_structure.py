@@ -153,7 +153,10 @@ def test_loss_functions_have_the_fixed_signature_and_a_reference_without_impl(na
         ("plan.BatchPlan", "(num_images, batch_size, *, seed, rank=0, world_size=1)"),
         ("loader.train_loader", "(arrays, plan, *, backend='auto', device='cpu', dtype=None)"),
         ("train.train", "(config)"),
-        ("VIDLoss", "(student_channels, teacher_channels, *, variant='paper', factor=1.0, learning_rate=0.1, impl='auto')"),
+        (
+            "VIDLoss",
+            "(student_channels, teacher_channels, *, variant='paper', factor=1.0, learning_rate=0.1, impl='auto')",
+        ),
         ("ATLoss", "(*, factor=1.0, impl='auto')"),
         ("KDLoss", "(temperature=4.0, *, factor=1.0, impl='auto')"),
         ("FitNetLoss", "(student_channels, teacher_channels, *, factor=1.0, impl='auto')"),

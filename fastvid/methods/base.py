@@ -122,6 +122,16 @@ class Method(nn.Module):
             term.set_learning_rate(value)
 
     @property
+    def title(self) -> str:
+        """Name in tables and plots, such as KD+VID; "" without transfer terms."""
+        return "+".join(term.title or name.upper() for name, term in self.transfers.items())
+
+    @property
+    def colour(self) -> str:
+        """Colour in plots; "" for a sum of terms, which takes the next free one."""
+        return next(iter(self.transfers.values())).colour if len(self.transfers) == 1 else ""
+
+    @property
     def has_regressors(self) -> bool:
         return any(term.has_regressors for term in self.transfers.values())
 
