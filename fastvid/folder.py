@@ -243,7 +243,7 @@ def find_finished(setup: Setup, found: list[RunResult]) -> dict[str, RunResult]:
         )
     for result in found:
         same_run = dataclasses.replace(
-            settings, method=(result.method,), per_class=result.per_class, seed=result.seed
+            setup.request, method=(result.method,), per_class=result.per_class, seed=result.seed
         )
         try:
             _require_same_run(result, same_run, setup)

@@ -27,8 +27,10 @@ EVAL_BATCH = 500
 class Setup(NamedTuple):
     """What all students of a group share and no step changes."""
 
+    request: TrainConfig
+    """the settings of the whole group, as the user wrote them"""
     settings: TrainConfig
-    """of the whole group, resolved"""
+    """the same, resolved for this subset"""
     data: Data
     teacher: WideResNet | None
     teacher_sha256: str | None

@@ -84,7 +84,7 @@ def set_up(config: TrainConfig, folder: OutputFolder) -> Setup:
     tune(device)
     data = load_data(settings)
     teacher, sha256 = load_teacher(settings, data.train)
-    setup = Setup(settings, data, teacher, sha256, None, device, "eager")
+    setup = Setup(config, settings, data, teacher, sha256, None, device, "eager")
     engine = choose_engine(settings.engine, device, settings.epochs * setup.plan.steps_per_epoch)
     return setup._replace(teacher_accuracy=_teacher_accuracy(setup, folder), engine=engine)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import after_each_step, options, signal_after
 
-from fastvid import checkpoint, cli, results
+from fastvid import checkpoint, cli, config, results
 from fastvid.errors import InputError
 from fastvid.reproduce import images_per_class
 from fastvid.wresnet import WideResNet
@@ -208,3 +208,14 @@ def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teach
     Path(out, "teacher-full-seed0.safetensors").unlink()
     assert reproduce(out, fractions="10", seeds=3) == 2
     assert "whose result is not there, so no other teacher is trained there" in capsys.readouterr().err
+
+
+def test_a_teacher_and_subsets_whose_protocol_has_other_lengths_share_a_folder(tmp_path, monkeypatch):
+    lengths = config.Protocol(teacher_epochs=3, full_epochs=1, reduced_epochs=2, batch_size=70, evaluations=1)
+    monkeypatch.setitem(config.PROTOCOLS, "quick", lengths)
+    settings = {name: value for name, value in SMALL.items() if name not in ("epochs", "batch_size", "fractions")}
+    assert cli.main(["reproduce", *options(**settings), "--out", str(tmp_path)]) == 0
+    found, _ = results.read(tmp_path)
+    assert [(run.method, run.config["epochs"]) for run in found] == [
+        ("teacher", 3), ("student", 1), ("vid", 1), ("student", 2), ("vid", 2)
+    ]  # fmt: skip
