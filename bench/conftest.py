@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastvid.kernels.launch import triton
 
-from fastvid.run import environment
+from fastvid.environment import environment
 
 ROWS = pytest.StashKey[list]()
 
