@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvid.kernels.launch import triton
-from fastvid.run import environment
+from fastvid.kernels.triton_support import triton
+
+from fastvid.environment import environment
 
 ROWS = pytest.StashKey[list]()
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from clock import DEVICE, synchronize
 from fastvid.engine import GroupStep, Mode
-from fastvid.learner import Learner
 from torch import Tensor
 
 from fastvid import datasets
@@ -27,6 +26,8 @@ from fastvid.device import DTYPES, autocast, tune
 from fastvid.loader import Batch, train_loader
 from fastvid.methods import Method, build
 from fastvid.plan import BatchPlan
+from fastvid.step import GroupStep, Mode
+from fastvid.student import Student
 from fastvid.wresnet import WideResNet, frozen
 
 
@@ -151,18 +152,11 @@ def our_step(
     spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]
 ) -> Callable:
     config = TrainConfig(precision=spec.precision)
-    learners = [
-        Learner(name, network, method, config, DEVICE) for name, (network, method) in students.items()
-    ]
-    group = GroupStep(
-        teacher if any(method.transfers for _, method in students.values()) else None,
-        learners,
-        DEVICE,
-        spec.precision,
-        Mode(*spec.engine),
-    )
-    group.begin_epoch(0.0)
-    return lambda: group(*next(batches), 0.01)
+    group = [Student(name, network, method, config, DEVICE) for name, (network, method) in students.items()]
+    needed = any(method.transfers for _, method in students.values())
+    ours = GroupStep(teacher if needed else None, group, DEVICE, spec.precision, Mode(*spec.engine))
+    ours.begin_epoch(0.0)
+    return lambda: ours(*next(batches), 0.01)
 
 
 def main(spec: Step) -> None:

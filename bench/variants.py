@@ -123,7 +123,9 @@ def train(experiment: str, out: Path, only: tuple[str, ...] = (), **shared) -> N
     waiting = [
         name
         for name, config in configs.items()
-        if not find_finished(setup._replace(request=config, settings=config), results.read(folders[name].path)[0])
+        if not find_finished(
+            setup._replace(request=config, settings=config), results.read(folders[name].path)[0]
+        )
     ]
     begun = [name for name in folder.saved_students(setup.settings) if name in waiting]
     for together in filter(None, (begun, [name for name in waiting if name not in begun])):

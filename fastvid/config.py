@@ -40,6 +40,10 @@ PROTOCOLS = {
 }
 
 
+TAPS = ("stem", "group1", "group2", "group3")
+"""The maps of a Wide ResNet that methods compare."""
+
+
 @dataclass(frozen=True)
 class KDOptions:
     """Softened logits (Hinton et al. 2015)."""
@@ -208,6 +212,13 @@ class TrainConfig:
         )
         _require(self.kd.temperature > 0, "kd_temperature", self.kd.temperature, "more than 0")
         _require(self.kd.alpha <= 1, "kd_alpha", self.kd.alpha, "at most 1")
+        taps = self.fitnet.tap
+        _require(
+            taps == ("all",) or 0 < len(set(taps)) == len(taps) == len(set(taps) & set(TAPS)),
+            "fitnet_tap",
+            ",".join(taps),
+            f"all, or one or more of {', '.join(TAPS)}, each once",
+        )
         _require(
             0 < self.fitnet.hint_share < 1,
             "fitnet_hint_share",

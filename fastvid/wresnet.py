@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fastvid.config import TAPS as TAPS
 from fastvid.errors import InputError
-
-TAPS = ("stem", "group1", "group2", "group3")
 
 
 class Activations(NamedTuple):

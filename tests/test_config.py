@@ -175,6 +175,13 @@ def test_a_number_out_of_range_is_named_as_its_option(settings, phrase):
         ("kd", {"alpha": 1.5}, "--kd-alpha is 1.5, wanted at most 1"),
         ("kd", {"alpha": -0.5}, "--kd-alpha is -0.5, wanted a finite number that is not negative"),
         ("fitnet", {"hint_share": 1.0}, "--fitnet-hint-share is 1.0, wanted a share between 0 and 1"),
+        (
+            "fitnet",
+            {"tap": ("group9",)},
+            "--fitnet-tap is group9, wanted all, or one or more of stem, group1",
+        ),
+        ("fitnet", {"tap": ("all", "stem")}, "--fitnet-tap is all,stem, wanted"),
+        ("fitnet", {"tap": ()}, "--fitnet-tap is , wanted"),
         ("at", {"weight": float("inf")}, "--at-weight is inf"),
         ("vid", {"weight": -1.0}, "--vid-weight is -1.0"),
     ],
