@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from clock import DEVICE, synchronize
-from fastvid.engine import GroupStep, Mode
 from torch import Tensor
 
 from fastvid import datasets
