@@ -16,14 +16,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from clock import DEVICE, ON_GPU, quantiles, synchronize
-from fastvid.engine import GroupStep
-from fastvid.learner import Learner
 
 from fastvid import datasets
 from fastvid.config import TrainConfig
 from fastvid.loader import BACKENDS, train_loader
 from fastvid.methods import build
 from fastvid.plan import BatchPlan
+from fastvid.step import GroupStep
+from fastvid.student import Student
 from fastvid.wresnet import WideResNet
 
 BATCH = 128
@@ -181,8 +181,8 @@ def test_what_of_the_loader_a_vid_step_has_to_wait_for(arrays, backend, pytestco
     torch.manual_seed(0)
     config = TrainConfig(method=("vid",), batch_size=BATCH).resolved()
     teacher, student = WideResNet(40, 2).eval(), WideResNet(16, 1)
-    learner = Learner("vid", student, build("vid", config, student, teacher), config, DEVICE)
-    step = GroupStep(teacher, [learner], DEVICE, config.precision)
+    one = Student("vid", student, build("vid", config, student, teacher), config, DEVICE)
+    step = GroupStep(teacher, [one], DEVICE, config.precision)
     step.begin_epoch(0.0)
     take = ours(arrays, backend, 1)
     images, labels = (tensor.clone() for tensor in take())

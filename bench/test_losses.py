@@ -24,13 +24,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clock import DEVICE, ON_GPU, gpu_microseconds, quantiles, synchronize, wall_microseconds
-from fastvid.engine import GroupStep
-from fastvid.learner import Learner
 from torch import Tensor
 
 from fastvid import kernels
 from fastvid.config import TrainConfig
 from fastvid.methods import build
+from fastvid.step import GroupStep
+from fastvid.student import Student
 from fastvid.wresnet import TAPS, WideResNet, channels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -372,8 +372,8 @@ def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batc
     torch.manual_seed(0)
     config = TrainConfig(method=("vid",), batch_size=batch, precision=precision).resolved()
     teacher, student = WideResNet(40, 2).eval(), WideResNet(16, 1)
-    learner = Learner("vid", student, build("vid", config, student, teacher), config, DEVICE)
-    step = GroupStep(teacher, [learner], DEVICE, precision)
+    one = Student("vid", student, build("vid", config, student, teacher), config, DEVICE)
+    step = GroupStep(teacher, [one], DEVICE, precision)
     step.begin_epoch(0.0)
     images = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), device=DEVICE)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvid.run import environment
 
 from fastvid import checkpoint, results
+from fastvid.environment import environment
 from fastvid.results import Evaluation
 
 MEASURED = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -50,9 +50,10 @@ def test_the_recorded_command_gives_the_first_numbers_of_its_lines(
         process.send_signal(signal.SIGTERM)
         told += process.stderr
     assert process.returncode == 143, "".join(told)
+    (resume,) = tmp_path.glob("*-seed0.resume")
+    curves = checkpoint.load_state(resume)["curves"]
     for method, run in recorded.items():
-        state = checkpoint.load_state(tmp_path / f"{method}-{run.per_class}-seed0.resume")
-        first = Evaluation(**state["history"][0])
+        first = Evaluation(**curves[method][0])
         if all(there[name] == here[name] for name in KIND):
             assert first == run.history[0]
         else:  # other bits, but the same training
