@@ -8,14 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastvid.decode import dali_is_installed
 
 from fastvid import step as step_module
 from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
 from fastvid.device import DTYPES
 from fastvid.errors import InputError
-from fastvid.loader import EvalLoader, train_loader
+from fastvid.loader import EvalLoader, dali_is_installed, train_loader
 from fastvid.methods import Terms, build
 from fastvid.plan import BatchPlan
 from fastvid.step import LONG, GroupStep, Mode, choose_engine, evaluate
