@@ -63,7 +63,7 @@ def choices(method: str, *settings: dict) -> dict[str, TrainConfig]:
 
 def variants_of_vid(weight: float, *names: str) -> dict[str, TrainConfig]:
     """VID with this weight and each of these changes of its variant; "" is no change."""
-    (config,) = choices("vid", {"weight": weight}).values()
+    (config,) = choices("vid", {"weight": float(weight)}).values()
     return {f"vid-{name}-weight-{weight:g}".replace("--", "-"): config for name in names}
 
 
