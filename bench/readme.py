@@ -1,7 +1,7 @@
 """Write the measured numbers into README.md and bench/results/README.md: `python bench/readme.py`.
 
 Each part lies between `<!-- NAME -->` and `<!-- end -->`. `speed` comes from the rows of test_step.py,
-`search` and `ablations` from the folders of bench/variants.py, any other part from the folder
+`search` from the folders of bench/variants.py, any other part from the folder
 bench/results/NAME as `fastvid report` renders it. `<!-- NAME table -->` is the table alone.
 """
 
