@@ -51,10 +51,14 @@ def test_the_recorded_command_gives_the_first_numbers_of_its_lines(
         told += process.stderr
     assert process.returncode == 143, "".join(told)
     (resume,) = tmp_path.glob("*-seed0.resume")
-    curves = checkpoint.load_state(resume)["curves"]
+    state, compared = checkpoint.load_state(resume), 0
     for method, run in recorded.items():
-        first = Evaluation(**curves[method][0])
+        if not state["identities"][method].items() <= run.config.items():
+            continue  # the line is of an earlier version, whose default settings were others
+        compared += 1
+        first = Evaluation(**state["curves"][method][0])
         if all(there[name] == here[name] for name in KIND):
             assert first == run.history[0]
         else:  # other bits, but the same training
             assert first.task_loss == pytest.approx(run.history[0].task_loss, rel=0.2)
+    assert compared >= 3
