@@ -66,10 +66,10 @@ def save_network(path, *sizes, change=lambda state: None):
         ("--method student,student", "--method is student,student, wanted one or more methods, each once"),
         (
             "--method vid",
-            "--method vid needs a teacher: add --teacher FILE, or make one with --method teacher",
+            "--method vid needs a teacher: add --teacher FILE, or train a teacher with --method teacher",
         ),
         ("--method vid --teacher no/such.pth", "no weights at no/such.pth: check the path"),
-        ("--vid-variant mine", "--vid-variant: invalid choice: 'mine' (choose from paper, repdistiller"),
+        ("--vid-variant mine", "invalid choice: 'mine' (choose from paper, authors, repdistiller)"),
         ("--dataset mnist", "invalid choice: 'mnist' (choose from cifar10, cifar100, folder, digits)"),
         ("--precision int8", "--precision: invalid choice: 'int8' (choose from fp32, bf16, fp16)"),
         ("--frobnicate", "unrecognized arguments: --frobnicate (see fastvid train --help)"),
@@ -86,7 +86,7 @@ def save_network(path, *sizes, change=lambda state: None):
         ("--fitnet-tap group9", "--fitnet-tap is group9, wanted"),
         ("--fitnet-tap group1,all", "--fitnet-tap is group1,all, wanted"),
         ("--per-class 141", "141 images per class were asked for, but class '0' has 140: take at most 140"),
-        ("--per-class 140", "--per-class 140 is the whole training split of digits: leave it out"),
+        ("--per-class 140", "--per-class 140 is the whole training split of digits: leave out this option"),
         ("--validation-per-class 5", "validation"),
         (
             "--batch-size 41",
@@ -295,12 +295,12 @@ def finished(tmp_path_factory):
     [
         (
             "--learning-rate 0.05",
-            "learning_rate = 0.1, but now it is 0.05: give the old settings or another --out",
+            "learning_rate = 0.1, but now the value is 0.05: give the old settings or another --out",
         ),
-        ("--epochs 2", "epochs = 1, but now it is 2"),
-        ("--precision bf16", "precision = fp32, but now it is bf16"),
-        ("--kd-alpha 0.5", "kd = {'alpha': 0.9, 'temperature': 4.0}, but now it is {'alpha': 0.5, "),
-        ("--per-class 6 --validation-per-class 2", "validation_per_class = 1, but now it is 2"),
+        ("--epochs 2", "epochs = 1, but now the value is 2"),
+        ("--precision bf16", "precision = fp32, but now the value is bf16"),
+        ("--kd-alpha 0.5", "kd = {'alpha': 0.9, 'temperature': 4.0}, but now the value is {'alpha': 0.5, "),
+        ("--per-class 6 --validation-per-class 2", "validation_per_class = 1, but now the value is 2"),
     ],
 )
 def test_results_of_another_configuration_are_not_mixed_with_this_one(refused, finished, typed, phrase):

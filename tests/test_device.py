@@ -85,7 +85,7 @@ def test_processes_on_one_machine_share_its_cores_unless_the_user_says_how_many_
         pytest.param("meta", "fastvid does not run on 'meta'", id="known-to-torch-only"),
         pytest.param(
             "cuda:99",
-            r"no GPU for --device cuda:99: torch \S+ sees \d+; take --device cpu, or see `fastvid doctor`",
+            r"no GPU for --device cuda:99: torch \S+ sees \d+ GPUs; take --device cpu, or see `fastvid doctor`",
             id="beyond-the-last",
         ),
     ],
@@ -98,7 +98,7 @@ def test_a_device_that_is_not_here_is_refused_with_the_choices(name, phrase):
 def test_asking_for_a_gpu_where_there_is_none_is_refused_and_auto_takes_the_cpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(InputError, match="no GPU for --device cuda: torch .* sees 0"):
+    with pytest.raises(InputError, match="no GPU for --device cuda: torch .* sees 0 GPUs"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == CPU
 

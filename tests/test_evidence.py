@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvid.run import environment
 
 from fastvid import checkpoint, results
+from fastvid.environment import environment
 from fastvid.results import Evaluation
 
 MEASURED = Path(__file__).resolve().parents[1] / "bench" / "results"

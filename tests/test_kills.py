@@ -167,5 +167,8 @@ def test_a_second_process_that_wants_the_same_group_ends_in_one_line(tmp_path, f
         argv = ["train", *options(dataset="digits", out=config.out)]
         second = subprocess.run([sys.executable, "-m", "fastvid", *argv], capture_output=True, text=True)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert f"another fastvid is at work in {config.out}: wait for it, or give another --out" in second.stderr
+    assert (
+        f"another process trains this group in {config.out}: wait for it, or give another --out"
+        in second.stderr
+    )
     figure("second process", f"ends after {time.monotonic() - began:.1f} s")

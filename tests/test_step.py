@@ -8,14 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastvid.decode import dali_is_installed
 
 from fastvid import step as step_module
 from fastvid.config import FitNetOptions, TrainConfig, VIDOptions
 from fastvid.datasets import Arrays
 from fastvid.device import DTYPES
 from fastvid.errors import InputError
-from fastvid.loader import EvalLoader, train_loader
+from fastvid.loader import EvalLoader, dali_is_installed, train_loader
 from fastvid.methods import Terms, build
 from fastvid.plan import BatchPlan
 from fastvid.step import LONG, GroupStep, Mode, choose_engine, evaluate
@@ -358,7 +357,7 @@ def test_a_compiler_that_does_not_compile_is_noticed_before_the_training(capsys)
 
 
 def test_a_graph_without_a_gpu_is_refused_with_the_remedy():
-    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take"):
+    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, but the device is cpu: take"):
         choose_engine("graph", CPU, 1)
 
 
