@@ -200,7 +200,7 @@ def test_regressors_beside_a_student_do_not_hinder_loading_it(tmp_path):
             10,
             2,
             10,
-            "holds a WRN-10-1 for 10 classes, but a WRN-10-2 for 10 was asked for: set --teacher-depth and --teacher-width",
+            "holds a WRN-10-1 for 10 classes, but a WRN-10-2 for 10 was asked for: set --teacher-depth",
             id="width",
         ),
         pytest.param(
@@ -210,7 +210,7 @@ def test_regressors_beside_a_student_do_not_hinder_loading_it(tmp_path):
             10,
             1,
             100,
-            "holds a WRN-10-1 for 10 classes, but a WRN-10-1 for 100 was asked for: .* take a teacher of this data set",
+            "holds a WRN-10-1 for 10 classes, but a WRN-10-1 for 100 was asked for: .* take a teacher",
             id="classes",
         ),
     ],

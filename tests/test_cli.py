@@ -1,4 +1,4 @@
-"""The command line from outside: what it offers, and one line with the remedy for every error that the user can mend."""
+"""The command line: its options, and one line with the remedy for every error that the user can correct."""
 
 import dataclasses
 import os
@@ -31,7 +31,10 @@ ONE_EPOCH = {"epochs": 1, "teacher_width": 1}
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """refused(*argv): the one line on stderr of a command that ends with exit code 2; `train` gets TINY and an output folder."""
+    """refused(*argv): the single line on stderr of a command that ends with exit code 2.
+
+    `train` gets the options of TINY and an output folder.
+    """
 
     def run(name, *more):
         capsys.readouterr()
@@ -214,8 +217,8 @@ def test_a_wrong_folder_layout_is_told_with_the_right_one(refused, tmp_path, pre
 def test_a_teacher_of_other_sizes_is_named_with_its_own(refused, tmp_path, sizes, found):
     path = save_network(tmp_path / "t.safetensors", *sizes)
     assert (
-        f"{path} holds a {found}, but a WRN-10-1 for 10 was asked for: set --teacher-depth and --teacher-width, "
-        "or take a teacher of this data set"
+        f"{path} holds a {found}, but a WRN-10-1 for 10 was asked for: set --teacher-depth and "
+        "--teacher-width, or take a teacher of this data set"
     ) in refused("train", "--method", "vid", "--teacher", path)
 
 
@@ -225,7 +228,7 @@ def test_missing_and_unexpected_keys_of_a_teacher_are_named(refused, tmp_path):
 
     path = save_network(tmp_path / "t.safetensors", 10, 1, change=rename)
     assert (
-        f"{path} does not fit a WRN-10-1: missing keys bn1.bias; unexpected keys extra; other shapes none: take"
+        f"{path} does not fit a WRN-10-1: missing keys bn1.bias; unexpected keys extra; other shapes none: "
     ) in refused("train", "--method", "kd", "--teacher", path)
 
 
@@ -265,7 +268,7 @@ def test_a_foreign_folder_is_left_alone(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     assert (
-        f"{tmp_path / 'out'} holds files but no results.jsonl, so it is no output folder of fastvid: give --out"
+        f"{tmp_path / 'out'} holds files but no results.jsonl, so it is no output folder of fastvid: "
     ) in refused("train")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

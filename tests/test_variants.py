@@ -1,4 +1,4 @@
-"""bench/variants.py: variants of one method share a group, one that diverges leaves the others alone, and the fixed variance stays."""
+"""bench/variants.py: shared groups, variants that diverge without effect on the others, fixed variances."""
 
 import dataclasses
 
