@@ -1,4 +1,4 @@
-"""Two clocks: the GPU's events, and the host's."""
+"""Two clocks: events on the GPU, and the clock of the host."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ def synchronize() -> None:
 
 
 def quantiles(values: list[float]) -> list[float]:
-    """p50, p20, p80, to four digits."""
+    """p50, p20 and p80, rounded to four digits."""
     return [float(f"{value:.4g}") for value in np.quantile(values, (0.5, 0.2, 0.8))]
 
 
 def gpu_microseconds(call: Callable, quick: bool) -> list[float]:
-    """p50, p20, p80 by events, each time with the L2 overwritten before."""
-    times = triton.testing.do_bench(
-        call, warmup=10, rep=10 if quick else 40, quantiles=(0.5, 0.2, 0.8)
-    )  # milliseconds
-    return [1e3 * value for value in times]
+    """p50, p20 and p80 by GPU events. The L2 cache is overwritten before each call."""
+    repetitions = 10 if quick else 40
+    milliseconds = triton.testing.do_bench(call, warmup=10, rep=repetitions, quantiles=(0.5, 0.2, 0.8))
+    return [1e3 * value for value in milliseconds]
 
 
 def wall_microseconds(call: Callable, rounds: int) -> list[float]:
-    """p50, p20, p80 by the host's clock."""
+    """p50, p20 and p80 by the clock of the host."""
     times = []
     for _ in range(1 + rounds):
         synchronize()
@@ -40,4 +39,4 @@ def wall_microseconds(call: Callable, rounds: int) -> list[float]:
         call()
         synchronize()
         times.append(1e6 * (time.perf_counter() - started))
-    return quantiles(times[1:])  # the first one warms up
+    return quantiles(times[1:])  # the first call is the warm-up

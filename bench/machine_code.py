@@ -1,11 +1,10 @@
-"""What the compiler makes of every kernel that a training step launches: registers, spills, width of memory
-accesses.
+"""Machine code of every kernel that a training step launches: registers, spills, width of memory accesses.
 
     python bench/machine_code.py [--arch 80 90 100] [--json FILE]
 
-Needs Triton and no GPU: the losses run on CPU tensors of the step's shapes while their launches are recorded
-instead of carried out, then each distinct variant is compiled ahead of time, with the alignment that the
-launches promise, and read as machine code.
+Needs Triton, but no GPU. The losses run on CPU tensors with the shapes of a step, and their launches are
+recorded instead of executed. Each distinct variant is then compiled ahead of time, with the alignment that
+the launches promise, and disassembled.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,76 +30,52 @@ from triton.runtime import JITFunction
 from fastvid import kernels
 
 BATCH = 128
-TAPS = {
-    "stem": (16, 32),
-    "group1": (32, 32),
-    "group2": (64, 16),
-    "group3": (128, 8),
-}  # teacher channels, height and width
+# tap: teacher channels, height and width
+TAPS = {"stem": (16, 32), "group1": (32, 32), "group2": (64, 16), "group3": (128, 8)}
 STUDENT = {"stem": 16, "group1": 16, "group2": 32, "group3": 64}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-MAPS = (
-    "mean",
-    "target",
-    "hidden",
-    "student",
-    "teacher",
-    "gradient",
-    "hidden_gradient",
-)  # pointers to whole maps
+# names of the pointers to whole maps
+MAPS = ("mean", "target", "hidden", "student", "teacher", "gradient", "hidden_gradient")
 
 
 def step() -> Iterator[tuple[str, object]]:
-    """(label, loss) of every loss that a step of WRN-40-2 to WRN-16-1 may compute, in each precision."""
+    """(label, function that computes the loss), for every loss of a step of WRN-40-2 to WRN-16-1."""
 
-    def make(channels, side, dtype, grad=False):
-        return (
-            torch.empty(BATCH, channels, side, side, dtype=dtype)
-            .to(memory_format=torch.channels_last)
-            .requires_grad_(grad)
-        )
+    def make(channels, side, grad=False):
+        tensor = torch.empty(BATCH, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        return tensor.requires_grad_(grad)
+
+    def loss(op, *inputs):
+        return partial(getattr(kernels, op), *inputs, impl="triton")
 
     for precision, dtype in DTYPES.items():
         for tap, (channels, side) in TAPS.items():
-            scale, target = torch.zeros(channels, requires_grad=True), make(channels, side, dtype)
-            yield (
-                f"vid_nll {tap} {precision}",
-                lambda: kernels.vid_nll(make(channels, side, dtype, True), target, scale, impl="triton"),
-            )
-            yield (
-                f"attention_transfer {tap} {precision}",
-                lambda: kernels.attention_transfer(
-                    make(STUDENT[tap], side, dtype, True), target, impl="triton"
-                ),
-            )
+            scale, target = torch.zeros(channels, requires_grad=True), make(channels, side)
+            yield f"vid_nll {tap} {precision}", loss("vid_nll", make(channels, side, True), target, scale)
+            student = make(STUDENT[tap], side, True)
+            yield f"attention_transfer {tap} {precision}", loss("attention_transfer", student, target)
             for multiple in (1, 2) if precision != "fp32" else ():
                 weight = torch.zeros(channels, multiple * channels, 1, 1, requires_grad=True)
-                # The two variants of VIDLoss: with and without a bias.
+                # VIDLoss has variants with and without a bias
                 bias = torch.zeros(channels, requires_grad=True) if multiple == 2 else None
-                hidden = make(multiple * channels, side, dtype, True)
-                yield (
-                    f"projected_vid_nll {tap} x{multiple} {precision}",
-                    lambda: kernels.projected_vid_nll(hidden, weight, bias, target, scale, impl="triton"),
-                )
-        yield (  # a student map that does not fit into registers
+                inputs = make(multiple * channels, side, True), weight, bias, target, scale
+                label = f"projected_vid_nll {tap} x{multiple} {precision}"
+                yield label, loss("projected_vid_nll", *inputs)
+        # a student map that does not fit into registers
+        yield (
             f"attention_transfer wide {precision}",
-            lambda: kernels.attention_transfer(make(64, 32, dtype, True), make(64, 32, dtype), impl="triton"),
+            loss("attention_transfer", make(64, 32, True), make(64, 32)),
         )
-        yield (
-            f"mean_squared_error group2 {precision}",
-            lambda: kernels.mean_squared_error(make(64, 16, dtype, True), make(64, 16, dtype), impl="triton"),
-        )
-        logits = torch.zeros(2, BATCH, 10, dtype=dtype)
-        yield (
-            f"softened_kl {precision}",
-            lambda: kernels.softened_kl(logits[0].clone().requires_grad_(), logits[1], impl="triton"),
-        )
+        hint = make(64, 16, True), make(64, 16)
+        yield f"mean_squared_error group2 {precision}", loss("mean_squared_error", *hint)
+        student, teacher = torch.zeros(2, BATCH, 10, dtype=dtype)
+        yield f"softened_kl {precision}", loss("softened_kl", student.clone().requires_grad_(), teacher)
 
 
 def record(arch: int) -> list[dict]:
-    """Every distinct launch of those losses and their backward on one architecture."""
-    launches, label = {}, ""  # keyed by everything but the label
+    """Every distinct launch in forward and backward of the losses of `step`, on one architecture."""
+    launches, label = {}, ""  # the key holds everything but the label
 
     def run(self, *args, grid, warmup, **kwargs):
         bound = dict(zip(self.arg_names, args)) | kwargs
@@ -108,7 +84,7 @@ def record(arch: int) -> list[dict]:
             value = bound.pop(name)
             if isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
-                aligned.append(index)  # torch's allocators align to 64 bytes and more
+                aligned.append(index)  # torch allocates with an alignment of at least 64 bytes
             elif name.isupper() or value is None:
                 signature[name], constants[name] = "constexpr", value
             else:
@@ -134,7 +110,7 @@ def record(arch: int) -> list[dict]:
 
 
 def examine(launch: dict, arch: int) -> dict:
-    """Compiles one variant for one architecture and reads the result."""
+    """Compile one variant for one architecture, and return the numbers of its machine code."""
     kernel = getattr(sys.modules[launch["module"]], launch["kernel"])
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch["aligned"]}
     constants = {(kernel.arg_names.index(name),): value for name, value in launch["constants"].items()}
@@ -145,15 +121,12 @@ def examine(launch: dict, arch: int) -> dict:
         cubin.write_bytes(compiled.asm["cubin"])
         sass = _tool("nvdisasm", "-c", cubin)
         usage = _tool("cuobjdump", "-res-usage", cubin)
+    pointers = {name: kind[1:] for name, kind in launch["signature"].items() if kind.startswith("*")}
     return {
         "op": launch["label"],
         "kernel": launch["kernel"].strip("_"),
         "arch": f"sm_{arch}",
-        "pointers": {
-            name.removesuffix("_ptr"): kind[1:]
-            for name, kind in launch["signature"].items()
-            if kind.startswith("*")
-        },
+        "pointers": {name.removesuffix("_ptr"): kind for name, kind in pointers.items()},
         "constants": {name: value for name, value in launch["constants"].items() if value is not None},
         "warps": compiled.metadata.num_warps,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -166,8 +139,10 @@ def examine(launch: dict, arch: int) -> dict:
 
 
 def accesses(ptx: str, names: list[str], signature: dict) -> dict[str, list[int]]:
-    """{pointer: sizes in bytes of its accesses to global memory}, by following each address back to the
-    parameter it came from."""
+    """{pointer: sizes in bytes of the accesses to global memory}.
+
+    The function follows each address back to the kernel parameter that the address is computed from.
+    """
     passed = [name for name in names if signature[name] != "constexpr"]
     origin, sources = {}, {}
     for line in ptx.splitlines():
@@ -178,23 +153,17 @@ def accesses(ptx: str, names: list[str], signature: dict) -> dict[str, list[int]
         elif found := re.search(r"\b(?:add|sub|mov|cvta|mad|selp)\S*\s+(%rd\d+),(.*)", line):
             sources.setdefault(found[1], set()).update(re.findall(r"%rd\d+", found[2]))
     before = -1
-    while len(origin) > before:  # a loop's block may stand before the one that defines its addresses
+    edges = [(register, source) for register, used in sources.items() for source in used]
+    while len(origin) > before:  # repeated, because a block may stand before the definition of its addresses
         before = len(origin)
-        origin |= {
-            register: origin[source]
-            for register, used in sources.items()
-            for source in used
-            if source in origin
-        }
+        origin |= {register: origin[source] for register, source in edges if source in origin}
     widths = {}
+    direct = r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)\b[^\[]*\[\s*(%rd\d+)"
+    asynchronous = r"cp\.async\.\w+\.shared\.global\S*\s*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(\w+)"
     for line in ptx.splitlines():
-        if found := re.search(
-            r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)\b[^\[]*\[\s*(%rd\d+)", line
-        ):
+        if found := re.search(direct, line):
             register, size = found[3], int(found[1] or 1) * int(found[2]) // 8
-        elif found := re.search(
-            r"cp\.async\.\w+\.shared\.global\S*\s*\[[^\]]*\],\s*\[\s*(%rd\d+)[^\]]*\],\s*(\w+)", line
-        ):
+        elif found := re.search(asynchronous, line):
             register, size = found[1], int(found[2], 0)
         else:
             continue
@@ -220,11 +189,10 @@ def main() -> None:
         help="compute capabilities, as in sm_90",
     )
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="only variants of ops whose label holds this word"
+        "--only", default="", metavar="WORD", help="only variants with this word in their label"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every row, one JSON object a line"
-    )
+    meaning = "also write every row to this file, one line of JSON for each row"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=meaning)
     args = parser.parse_args()
     jobs = [(launch, arch) for arch in args.arch for launch in record(arch) if args.only in launch["label"]]
     with ProcessPoolExecutor(max_workers=2) as pool:
@@ -232,16 +200,7 @@ def main() -> None:
     if args.json:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"triton {triton.__version__}: {len(rows)} binaries")
-    columns = (
-        "op",
-        "kernel",
-        "arch",
-        "warps",
-        "registers",
-        "spills",
-        "shared_bytes",
-        "tensor_core_instructions",
-    )
+    columns = "op kernel arch warps registers spills shared_bytes tensor_core_instructions".split()
     print(f"| {' | '.join(columns)} | bytes per access |".replace("_", " "))
     print("|---|---|---|---:|---:|---:|---:|---:|---|")
     for row in rows:

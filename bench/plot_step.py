@@ -1,4 +1,7 @@
-"""How the cost of a step scales, from the rows of test_step.py: `python bench/plot_step.py ROWS.jsonl PICTURE.png`."""
+"""Plot how the cost of a step scales, from rows of test_step.py.
+
+python bench/plot_step.py ROWS.jsonl PICTURE.png
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of its canvas)
+from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
-PANELS = {  # scale: (axis label, unit of the cost, what the cost of a step is divided by)
+STUDENTS = "students in the group (VID, AT, FitNet, KD, plain)"
+PANELS = {  # scale: (axis label, unit of the cost, function of a row that gives the divisor of the cost)
     "batch": ("batch size", "ms per image, one VID student", lambda row: int(row["impl"])),
-    "students": (
-        "students in the group (VID, AT, FitNet, KD, plain)",
-        "ms per step of 128 images",
-        lambda row: 1,
-    ),
+    "students": (STUDENTS, "ms per step of 128 images", lambda row: 1),
     "width": ("width of the VID student, WRN-16", "ms per step of 128 images", lambda row: 1),
 }
 
@@ -35,9 +35,8 @@ def main(rows: list[dict], picture: Path) -> None:
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
     first = rows[0]
-    figure.suptitle(
-        f"Cost of a step: {first['device']}, {first['threads']} threads, bf16 (median, 20-80 % of rounds)"
-    )
+    machine = f"{first['device']}, {first['threads']} threads"
+    figure.suptitle(f"Cost of a step: {machine}, bf16 (median, 20-80 % of rounds)")
     figure.savefig(picture)
 
 

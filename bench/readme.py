@@ -1,8 +1,11 @@
-"""Write the measured numbers into README.md and bench/results/README.md: `python bench/readme.py`.
+"""Write the measured numbers into README.md and bench/results/README.md.
 
-Each part lies between `<!-- NAME -->` and `<!-- end -->`. `speed` comes from the rows of test_step.py,
-`search` from the folders of bench/variants.py, any other part from the folder
-bench/results/NAME as `fastvid report` renders it. `<!-- NAME table -->` is the table alone.
+    python bench/readme.py
+
+Each rendered part of a page lies between `<!-- NAME -->` and `<!-- end -->`. The part `speed` comes from the
+rows of test_step.py, `search` comes from the folders of bench/variants.py, and any other part
+comes from the folder bench/results/NAME, as `fastvid report` renders it. `<!-- NAME table -->` is the table
+without the sentences.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ PAGES = (ROOT / "README.md", MEASURED / "README.md")
 
 
 def accuracies(name: str, alone: bool) -> str:
-    """Last epochs of a folder with one data set; unless `alone`, also the differences and the notes."""
+    """The table of last epochs of a folder with one data set; unless `alone`, also differences and notes."""
     (section,) = sections(results.read(MEASURED / name)[0])
     blocks = markdown(section).strip().split("\n\n")
     tables = {sentence: rows for sentence, rows in zip(blocks, blocks[1:]) if rows.startswith("|")}
@@ -38,7 +41,7 @@ def accuracies(name: str, alone: bool) -> str:
 
 
 def speed() -> str:
-    """The speed-up of each measure, from the rows of one run."""
+    """The speed-up of each optimisation, from the rows of one run."""
     rows = [json.loads(line) for line in (MEASURED / "step-cpu.jsonl").read_text().splitlines()]
     subjects = ("vid", "five methods")
     gain = {(row["tap"], row["impl"]): row["speed_up"] for row in rows}
@@ -55,33 +58,26 @@ def speed() -> str:
         "| measure | VID | five methods |",
         "|---|---:|---:|",
     ]
-    return "\n".join(
-        [
-            *lines,
-            *(
-                f"| {rung} | {' | '.join(f'{gain[name, rung]:.2f}x' for name in subjects)} |"
-                for rung in rungs
-            ),
-        ]
-    )
+    for rung in rungs:
+        lines.append(f"| {rung} | {' | '.join(f'{gain[name, rung]:.2f}x' for name in subjects)} |")
+    return "\n".join(lines)
 
 
 def rendered(text: str) -> str:
-    """A page with its measured parts rendered again."""
+    """The text of a page, with its measured parts rendered again."""
 
     def part(match: re.Match) -> str:
         name, alone = match[1], bool(match[2])
         if name == "speed":
             measured = speed()
+        elif name in variants.EXPERIMENTS:
+            measured = variants.show([MEASURED / name])
         else:
-            measured = (
-                variants.show([MEASURED / name]) if name in variants.EXPERIMENTS else accuracies(name, alone)
-            )
+            measured = accuracies(name, alone)
         return f"<!-- {name}{match[2] or ''} -->\n{measured}\n<!-- end -->"
 
-    return re.sub(
-        r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$", part, text, flags=re.MULTILINE
-    )
+    block = r"^<!-- ([\w-]+)( table)? -->\n(?:(?!<!-- ).*\n)*?<!-- end -->$"
+    return re.sub(block, part, text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Does VID diverge? Many short trainings, every weight from 1 to 100, and the variant without a tied floor beside it.
+"""Does VID diverge? Many short trainings with weights from 1 to 100, and other variants for comparison.
 
     python bench/stability.py OUT.jsonl --data DIR --teacher FILE --dataset digits --seeds 20
     python bench/stability.py OUT.jsonl --data DIR --teacher FILE --dataset cifar10 --seeds 20
     python bench/stability.py show OUT.jsonl...
 
-Each group shares one teacher forward: VID with lambda 1, 3, 10, 30 and 100. One row per start: settings, whether and when it
-diverged, accuracy after the last epoch, explained variance per tap, and the share of hidden units that are zero on a batch of the
-evaluation split. `--variant fixed-floor` trains the former variant: variances of at least 1/C, whatever the learning rate is,
-two hidden layers after the activation, batch norms with scale and shift. Rows that are there are not made again.
+Each group shares one teacher forward: VID with λ = 1, 3, 10, 30 and 100. Each training writes one row:
+settings, reason and epoch of a divergence, accuracy after the last epoch, explained variance per tap, and the
+share of hidden units that are zero on a batch of the evaluation split. `--variant fixed-floor` trains the
+former variant: variances of at least 1/C at any learning rate, two hidden layers, taps after the activation,
+batch norms with scale and shift. Rows that already exist are not computed again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class FixedFloor(vid.VariationalInformation):
                 module.bias = torch.nn.Parameter(torch.zeros(module.num_features))
 
     def set_learning_rate(self, value: float) -> None:
-        """The floor does not follow it."""
+        """The floor does not depend on the learning rate."""
 
 
 def build_fixed_floor(name: str, settings: TrainConfig, student, teacher) -> Method:
@@ -68,7 +69,7 @@ def build_fixed_floor(name: str, settings: TrainConfig, student, teacher) -> Met
 
 
 def students_of(setup, variant: str) -> list[Student]:
-    """One student per weight; `fitnet` and `at` take their own weights."""
+    """One student per weight. The variant `fitnet` multiplies the weights by 10."""
     found = []
     for weight in WEIGHTS:
         changes = {"method": ("vid",), "vid": VIDOptions(weight=float(weight))}
@@ -78,10 +79,8 @@ def students_of(setup, variant: str) -> list[Student]:
             changes["vid"] = VIDOptions(variant="authors", weight=float(weight))
         settings = dataclasses.replace(setup.settings, **changes)
         make = build_fixed_floor if variant == "fixed-floor" else build
-        name = f"{settings.method[0]}-{weight}"
-        found.append(
-            new_student(name, settings, len(setup.data.train.class_names), setup.teacher, setup.device, make)
-        )
+        name, classes = f"{settings.method[0]}-{weight}", len(setup.data.train.class_names)
+        found.append(new_student(name, settings, classes, setup.teacher, setup.device, make))
     return found
 
 
@@ -94,21 +93,17 @@ def dead_units(student: Student, images: torch.Tensor) -> dict[str, float]:
     student.module.eval()
     with student.module.autocast():
         maps = term._maps(student.network(images))
-        hidden = [regressor.hidden(one) for regressor, one in zip(term.loss.regressors, maps)]
-    return {
-        tap: round(float((h.amax(dim=(0, 2, 3)) <= 0).float().mean()), 3)
-        for tap, h in zip(term.variant.taps, hidden)
-    }
+        hidden = [regressor.hidden(student_map) for regressor, student_map in zip(term.loss.regressors, maps)]
+    shares = [round(float((units.amax(dim=(0, 2, 3)) <= 0).float().mean()), 3) for units in hidden]
+    return dict(zip(term.variant.taps, shares))
 
 
 def run(out: Path, config: TrainConfig, variant: str) -> None:
     """Train one group and append its rows."""
     threads = torch.get_num_threads()
     settings = config.resolved()
-    base = {
-        "dataset": config.dataset, "variant": variant, "seed": config.seed, "precision": config.precision,
-        "batch_size": settings.batch_size, "threads": threads,
-    }  # fmt: skip
+    base = {"dataset": config.dataset, "variant": variant, "seed": config.seed}
+    base |= {"precision": config.precision, "batch_size": settings.batch_size, "threads": threads}
     lines = out.read_text().splitlines() if out.exists() else []
     if any(all(json.loads(line)[name] == value for name, value in base.items()) for line in lines):
         return
@@ -130,20 +125,25 @@ def run(out: Path, config: TrainConfig, variant: str) -> None:
         images, _ = next(iter(group._evaluation))
         rows = []
         for student, weight in zip(everyone, WEIGHTS):
-            curve, reason = group.curves[student.name], diverged[id(student)]
-            rows.append(base | {
-                "weight": weight, "epochs": settings.epochs, "diverged": reason,
-                "accuracy": curve[-1].accuracy if not reason else None,
-                "explained": {tap: values[0] for tap, values in curve[-1].information.items()} if not reason else None,
-                "dead": dead_units(student, images) if not reason else None,
-                **{name: environment(setup.device)[name] for name in ("commit", "torch", "device")},
-            })  # fmt: skip
+            reason = diverged[id(student)]
+            row = base | {"weight": weight, "epochs": settings.epochs, "diverged": reason}
+            row |= {"accuracy": None, "explained": None, "dead": None}
+            if not reason:
+                last = group.curves[student.name][-1]
+                explained = {tap: values[0] for tap, values in last.information.items()}
+                row |= {
+                    "accuracy": last.accuracy,
+                    "explained": explained,
+                    "dead": dead_units(student, images),
+                }
+            here = environment(setup.device)
+            rows.append(row | {name: here[name] for name in ("commit", "torch", "device")})
     with open(out, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def show(paths: list[Path]) -> str:
-    """A Markdown table: diverged starts of all starts, by data set, variant and precision, per weight."""
+    """A Markdown table: number of diverged trainings per weight, for each data set, variant and precision."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     cells = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -161,9 +161,8 @@ def main() -> None:
     if sys.argv[1:2] == ["show"]:
         print(show([Path(path) for path in sys.argv[2:]]))
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", default="data")
     parser.add_argument("--teacher", required=True)
@@ -175,11 +174,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     given = parser.parse_args()
     settings = SETTINGS[given.dataset] | ({"batch_size": given.batch_size} if given.batch_size else {})
+    settings |= {name: getattr(given, name) for name in ("dataset", "data", "teacher", "precision")}
     for seed in range(given.first_seed, given.first_seed + given.seeds):
-        config = TrainConfig(
-            dataset=given.dataset, data=given.data, teacher=given.teacher, seed=seed, precision=given.precision,
-            evaluations=1, engine="eager", method=("vid",), **settings,
-        )  # fmt: skip
+        config = TrainConfig(seed=seed, evaluations=1, engine="eager", method=("vid",), **settings)
         run(given.out, config, given.variant)
 
 

@@ -1,7 +1,10 @@
-"""A training step in a process of its own, from the plain one to ours: `python bench/step.py SPEC`, SPEC a Step as JSON.
+"""Time a training step in its own process, from the plain step to the step of fastvid.
 
-Prints "ready", then for each line N on its input the seconds of N steps, after one that is not counted. Its own process, because
-allocator, threads and compiled code belong to a process, and memory that one step left would help the next.
+    python bench/step.py SPEC     SPEC is a Step as JSON
+
+Prints "ready". Then, for each line N on stdin, takes one step that is not timed, and prints the seconds of N
+steps. Each variant needs its own process, because allocator, threads and compiled code belong to a process,
+and because memory that one variant has allocated would help the next.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from fastvid.wresnet import WideResNet, frozen
 
 @dataclass(frozen=True)
 class Step:
-    """What is trained, and which of our measures are taken. The defaults take none: the step of common distillation code."""
+    """The training, and the optimisations of fastvid that are on. By default all are off: the plain step."""
 
     methods: tuple[str, ...] = ("vid",)
     data: str = ""
@@ -40,47 +43,34 @@ class Step:
     batch: int = 128
     student: tuple[int, int] = (16, 1)
     loader: str = "torchvision"
-    """torchvision, dali, torch, or static: the same batch again and again"""
+    """torchvision, dali, torch, or static (always the same batch)"""
     channels_last: bool = False
     precision: str = "fp32"
     idle_teacher: bool = True
-    """a teacher forward also for a method that has no use for one"""
+    """whether the teacher runs even for a method that does not use it"""
     shared_teacher: bool = False
-    """one batch and one teacher forward for all methods; else each takes a batch and a teacher forward of its own"""
+    """whether all methods share a batch and a teacher forward"""
     frozen_teacher: bool = False
-    """batch norms folded, weights once in the compute type"""
+    """whether the teacher has folded batch norms and weights in the compute type"""
     fused_losses: bool = False
-    """ours; else the formulas in plain PyTorch"""
+    """the losses of fastvid; else the equations in plain PyTorch"""
     engine: tuple[bool, bool] | None = None
-    """the modes compiled and captured of our GroupStep; none: forward, backward, SGD and loss.item(), method by method"""
+    """Mode (compiled, captured) of GroupStep; None: forward, backward, SGD and loss.item() for each method"""
     tuned: bool = False
-    """allocator and cuDNN as fastvid sets them up"""
+    """whether fastvid.device.tune sets up allocator and cuDNN"""
 
 
 def plain_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
-    """torchvision's, with the usual transforms and two workers that persist."""
+    """A DataLoader of torchvision's CIFAR-10, with the usual transforms and two persistent workers."""
     import torchvision
     from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
 
-    transform = Compose(
-        [
-            RandomCrop(32, 4, padding_mode="reflect"),
-            RandomHorizontalFlip(),
-            ToTensor(),
-            Normalize(arrays.mean, arrays.std),
-        ]
-    )
+    crop, normalise = RandomCrop(32, 4, padding_mode="reflect"), Normalize(arrays.mean, arrays.std)
+    transform = Compose([crop, RandomHorizontalFlip(), ToTensor(), normalise])
     images = torchvision.datasets.CIFAR10(spec.data, train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(
-        images,
-        spec.batch,
-        shuffle=True,
-        num_workers=2,
-        persistent_workers=True,
-        drop_last=True,
-        pin_memory=DEVICE.type == "cuda",
-    )
-    for _ in itertools.count():
+    workers = dict(num_workers=2, persistent_workers=True, pin_memory=DEVICE.type == "cuda")
+    loader = torch.utils.data.DataLoader(images, spec.batch, shuffle=True, drop_last=True, **workers)
+    while True:
         for images, labels in loader:
             yield Batch(images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True))
 
@@ -93,30 +83,23 @@ def static_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
 def our_loader(spec: Step, arrays: datasets.Arrays) -> Iterator[Batch]:
     plan = BatchPlan(len(arrays), spec.batch, seed=0)
     loader = train_loader(arrays, plan, backend=spec.loader, device=DEVICE)
-    return (
-        batch
-        for epoch in itertools.count()
-        for batch in loader.epoch(epoch)
-        if len(batch.labels) == spec.batch
-    )
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    return (batch for batch in batches if len(batch.labels) == spec.batch)
 
 
 def plain_step(
     spec: Step, teacher: WideResNet, students: dict[str, tuple[WideResNet, Method]], batches: Iterator[Batch]
 ) -> Callable:
-    """Forward, backward, torch's default SGD and loss.item(), method by method."""
+    """Forward, backward, torch's default SGD and loss.item(), one method after another."""
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    taught_in = DTYPES[spec.precision] if spec.frozen_teacher else torch.float32
-    teacher = frozen(teacher, taught_in) if spec.frozen_teacher else teacher.to(memory_format=layout)
+    teacher_dtype = DTYPES[spec.precision] if spec.frozen_teacher else torch.float32
+    teacher = frozen(teacher, teacher_dtype) if spec.frozen_teacher else teacher.to(memory_format=layout)
     optimizers = {}
     for name, (network, method) in students.items():
         network.to(memory_format=layout).train()
+        parameters = [*network.parameters(), *method.parameters()]
         optimizers[name] = torch.optim.SGD(
-            [*network.parameters(), *method.parameters()],
-            lr=0.01,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=5e-4,
+            parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
         for transfer in method.transfers.values():
             if not spec.fused_losses:
@@ -125,7 +108,7 @@ def plain_step(
     @torch.no_grad()
     def teach(images: Tensor):
         with contextlib.nullcontext() if spec.frozen_teacher else autocast(DEVICE, spec.precision):
-            return teacher(images.to(taught_in))
+            return teacher(images.to(teacher_dtype))
 
     def step() -> None:
         shared = None
@@ -133,11 +116,10 @@ def plain_step(
             if shared is None or not spec.shared_teacher:
                 images, labels = shared = next(batches)
                 images = images.contiguous(memory_format=layout)
-                taught = (
-                    teach(images) if spec.shared_teacher or spec.idle_teacher or method.transfers else None
-                )
+                needed = spec.shared_teacher or spec.idle_teacher or method.transfers
+                teacher_activations = teach(images) if needed else None
             with autocast(DEVICE, spec.precision):
-                terms = method(network(images), taught, labels)
+                terms = method(network(images), teacher_activations, labels)
             loss = terms.task + terms.transfer
             optimizers[name].zero_grad()
             loss.backward()
@@ -167,19 +149,16 @@ def main(spec: Step) -> None:
     students = {}
     for name in spec.methods:
         student = WideResNet(*spec.student)
-        students[name] = (
-            student.to(DEVICE),
-            build(name, TrainConfig(method=(name,)), student, teacher).to(DEVICE),
-        )
-    batches = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)(
-        spec, arrays
-    )
+        method = build(name, TrainConfig(method=(name,)), student, teacher)
+        students[name] = student.to(DEVICE), method.to(DEVICE)
+    loader = {"torchvision": plain_loader, "static": static_loader}.get(spec.loader, our_loader)
+    batches = loader(spec, arrays)
     step = (plain_step if spec.engine is None else our_step)(spec, teacher, students, batches)
     step()  # compiles and captures
     synchronize()
     print("ready", flush=True)
     for line in sys.stdin:
-        step()  # what the others left in the caches is gone
+        step()  # replaces the data of other processes in the caches
         synchronize()
         started = time.perf_counter()
         for _ in range(int(line)):
@@ -189,10 +168,5 @@ def main(spec: Step) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    main(
-        dataclasses.replace(
-            Step(),
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
-        )
-    )
+    given = json.loads(sys.argv[1]).items()
+    main(Step(**{name: tuple(value) if isinstance(value, list) else value for name, value in given}))

@@ -1,15 +1,17 @@
-"""What the losses cost: plain PyTorch, torch.compile of it, and the Triton kernels, beside a plain copy.
+"""Cost of the losses: plain PyTorch, torch.compile, and the Triton kernels, compared with a plain copy.
 
     python -m pytest bench/test_losses.py [--rows FILE.jsonl] [--dtype bf16] [--quick]
 
-Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Before a call is timed, it is compared with
-the float64 reference on the same inputs, launched in the same way; a replayed graph must overwrite NaN.
+Shapes are those of a step of WRN-40-2 to WRN-16-1 at batch 128. Before a call is timed, its outputs are
+compared with the float64 reference on the same inputs, launched in the same way. Outputs of a graph are
+filled with NaN before the replay.
 
 GPU times come from triton.testing.do_bench: between two events, after the L2 cache was overwritten. The time
 of a call that the host launches includes the gaps in which the GPU waits for Python. The time of a graph
-includes the start of the graph (microseconds), and the zeros that cleared the L2 cache are not in memory yet
-when it starts. Both hardly matter in a graph of eight calls, each on inputs of its own. The rows of `copy`
-move as many bytes, launched in the same way: they show how much bandwidth each way of launching leaves.
+includes the start of the graph (microseconds). Part of the data that overwrote the L2 cache is still being
+written to memory when the graph starts. Both effects are negligible in a graph of eight calls, each on its
+own inputs. The rows of `copy` move as many bytes, launched in the same way: they show the bandwidth that each
+launch can reach.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from fastvid.wresnet import TAPS, WideResNet, channels
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEACHER, STUDENT = dict(zip(TAPS, channels(2))), dict(zip(TAPS, channels(1)))
 SIDE = dict(zip(TAPS, (32, 32, 16, 8)))
-PARAMETERS = ("weight", "bias", "raw_scale")  # fp32; every other argument is a map, or logits
+PARAMETERS = ("weight", "bias", "raw_scale")  # fp32; every other argument is a map or logits
 
-OPS = {  # where each is measured; `all` is the sum over taps that a training step takes
+OPS = {  # op: the taps where it is measured; `all` is the sum over taps in a training step
     "vid_nll": (*TAPS, "all"),
     "projected_vid_nll": (*TAPS, "all"),
     "attention_transfer": (*TAPS, "all"),
@@ -47,18 +49,14 @@ OPS = {  # where each is measured; `all` is the sum over taps that a training st
 }
 QUICK = ("group2", "10")
 IMPLEMENTATIONS = ("reference", "compile", "triton")
-CONVOLUTION = "conv+triton"  # of projected_vid_nll: what it would be without a kernel of its own
+CONVOLUTION = "conv+triton"  # projected_vid_nll as a convolution and vid_nll, without its own kernel
 HOST, GRAPH, EIGHT = "host", "graph", "graph-of-8"
-WAYS = (  # forward alone is without gradients, as in evaluation; both are what training does
-    ("forward", HOST),
-    ("forward", GRAPH),
-    ("forward+backward", HOST),
-    ("forward+backward", GRAPH),
-    ("forward+backward", EIGHT),
-)
-# Root mean square of the error over that of the reference. A rounding to bf16 is 1e-3, to fp16 1.4e-4, a
-# convolution in TF32 3e-4; the longest chain here has three. Tests hold the kernels to less; this asks
-# whether it is the same function.
+# forward alone runs without gradients, as in evaluation; forward+backward is what training does
+WAYS = [("forward", launch) for launch in (HOST, GRAPH)]
+WAYS += [("forward+backward", launch) for launch in (HOST, GRAPH, EIGHT)]
+# Norm of the error over norm of the reference. One rounding to bf16 gives 1e-3, to fp16 1.4e-4, a convolution
+# in TF32 3e-4; the longest chain here has three of these. This only checks that all implementations compute
+# the same function: the tests of the kernels have smaller tolerances.
 TOLERANCES = {"bf16": 1e-2, "fp16": 1e-3, "fp32": 1e-3}
 
 
@@ -79,42 +77,39 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("tap", QUICK[:1] if quick else OPS["vid_nll"])
 
 
-# What is measured
-
-
+# The measured functions
 def implementations(op: str) -> list[str]:
     return [*IMPLEMENTATIONS, CONVOLUTION] if op == "projected_vid_nll" else [*IMPLEMENTATIONS]
 
 
 def shapes(op: str, tap: str, batch: int) -> list[dict[str, tuple]]:
-    """The arguments of one loss, or for `all` of each in the sum: shape by name. A gradient goes to the first
-    and to parameters."""
+    """Shapes of the arguments by name, for each loss of the sum (one loss, unless tap is `all`).
+
+    The first argument and the parameters get gradients.
+    """
     if tap == "all":
-        taps = TAPS[1:] if op == "attention_transfer" else TAPS  # AT leaves the stem out
+        taps = TAPS[1:] if op == "attention_transfer" else TAPS  # AT does not use the stem
         return [one for name in taps for one in shapes(op, name, batch)]
     if op == "softened_kl":
         return [dict.fromkeys(("student_logits", "teacher_logits"), (batch, int(tap)))]
     size, wide = (SIDE[tap], SIDE[tap]), TEACHER[tap]
     teacher = (batch, wide, *size)
-    return [
-        {
-            "vid_nll": {"mean": teacher, "target": teacher, "raw_scale": (wide,)},
-            "projected_vid_nll": {
-                "hidden": (batch, 2 * wide, *size),
-                "weight": (wide, 2 * wide, 1, 1),
-                "bias": (wide,),
-                "target": teacher,
-                "raw_scale": (wide,),
-            },  # the hidden width of VIDLoss
-            "attention_transfer": {"student": (batch, STUDENT[tap], *size), "teacher": teacher},
-            "mean_squared_error": {"prediction": teacher, "target": teacher},
-        }[op]
-    ]
+    if op == "attention_transfer":
+        return [{"student": (batch, STUDENT[tap], *size), "teacher": teacher}]
+    if op == "mean_squared_error":
+        return [{"prediction": teacher, "target": teacher}]
+    target = {"target": teacher, "raw_scale": (wide,)}
+    if op == "vid_nll":
+        return [{"mean": teacher} | target]
+    hidden = 2 * wide  # the hidden width of VIDLoss
+    projection = {"hidden": (batch, hidden, *size), "weight": (wide, hidden, 1, 1), "bias": (wide,)}
+    return [projection | target]
 
 
 def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dtype) -> int:
-    """What memory must move at least: each map read once and the gradient of the first written once, as the
-    modules derive it.
+    """Smallest number of bytes to move: each map read once, the gradient of the first map written once.
+
+    The modules of the kernels derive these numbers:
 
         vid_nll             2 maps forward, 3 with backward             vid.py
         projected_vid_nll   K + C channels of M rows, 2K + C            projected_vid.py
@@ -122,21 +117,21 @@ def least_bytes(arguments: list[dict[str, tuple]], passes: str, dtype: torch.dty
         softened_kl         2BK logits, 3BK                             kd.py
         mean_squared_error  as vid_nll                                  vid.py
 
-    In fp16 backward reads again, because only then is the scale of the gradient known (one_pass.py). Not
-    counted: parameters and their gradients, 2.5 % of the maps at most (projection, group3), and partial sums,
-    which stay in the L2.
+    In fp16, backward reads the maps again, because the scale of the gradient is unknown in forward
+    (one_pass.py). Parameters and their gradients (at most 2.5 % of the maps: projection, group3) and partial
+    sums, which stay in the L2 cache, are not counted.
     """
-    maps = [
-        [int(np.prod(shape)) for name, shape in one.items() if name not in PARAMETERS] for one in arguments
-    ]
+    maps = [[int(np.prod(one[name])) for name in one if name not in PARAMETERS] for one in arguments]
     read, written = sum(map(sum, maps)), sum(sizes[0] for sizes in maps)
     elements = read if passes == "forward" else read * (1 + (dtype == torch.float16)) + written
     return elements * dtype.itemsize
 
 
 def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> list[dict[str, Tensor]]:
-    """Normal random inputs; maps channels-last. Parameters are rounded to `dtype` too, so that all
-    implementations see the same."""
+    """Normal random inputs, with maps in channels-last.
+
+    Parameters are rounded to `dtype` too, so that all implementations get the same values.
+    """
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def tensor(name: str, shape: tuple, first: bool) -> Tensor:
@@ -154,19 +149,18 @@ def draw(arguments: list[dict[str, tuple]], dtype: torch.dtype, seed: int) -> li
 
 
 def total(loss: Callable) -> Callable:
-    """The sum of a loss over taps, as a loss module takes it."""
+    """The sum of a loss over taps, as in the loss modules."""
     return lambda inputs: reduce(add, [loss(**one) for one in inputs])
 
 
-@lru_cache(maxsize=1)  # the tests of one implementation stand side by side and share its compilation
+@lru_cache(maxsize=1)  # the tests of one implementation run one after another and share its compilation
 def implementation(op: str, tap: str, impl: str) -> Callable:
     if impl == CONVOLUTION:
         return total(convolution_then_vid_nll)
     if impl == "compile":
-        torch._dynamo.reset()  # its limit of recompilations is for all shapes of one function together
-        return torch.compile(
-            total(partial(getattr(kernels, op), impl="reference")), fullgraph=True, dynamic=False
-        )
+        torch._dynamo.reset()  # the limit of recompilations counts all shapes of one function together
+        reference = total(partial(getattr(kernels, op), impl="reference"))
+        return torch.compile(reference, fullgraph=True, dynamic=False)
     return total(partial(getattr(kernels, op), impl=impl))
 
 
@@ -178,54 +172,50 @@ def convolution_then_vid_nll(
 
 
 def run(loss: Callable, inputs: list[dict[str, Tensor]], upstream: Tensor | None) -> list[Tensor]:
-    """The loss, and with an upstream gradient those of all inputs that want one.
+    """The loss, and with an upstream gradient also the gradients of all inputs that require them.
 
-    What is returned holds no autograd graph: one made on another stream would break the capture of the next.
+    The results hold no autograd graph: an autograd graph from another stream would break the next capture.
     """
     if upstream is None:
         with torch.no_grad():
             return [loss(inputs)]
     value = loss(inputs)
-    return [
-        value.detach(),
-        *torch.autograd.grad(value, [t for one in inputs for t in one.values() if t.requires_grad], upstream),
-    ]
+    differentiable = [tensor for one in inputs for tensor in one.values() if tensor.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, differentiable, upstream)]
 
 
 def expected(op: str, inputs: list[dict[str, Tensor]], upstream: Tensor | None) -> list[Tensor]:
-    """What `run` shall return, in float64."""
-    doubles = [
-        {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in one.items()}
-        for one in inputs
-    ]
-    return run(
-        total(getattr(kernels.reference, op)), doubles, None if upstream is None else upstream.double()
-    )
+    """The right results of `run`, in float64."""
+
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    doubles = [{name: double(tensor) for name, tensor in one.items()} for one in inputs]
+    reference = total(getattr(kernels.reference, op))
+    return run(reference, doubles, None if upstream is None else upstream.double())
 
 
 def copy(source: Tensor, target: Tensor) -> list[Tensor]:
     return [target.copy_(source)]
 
 
-# How it is measured
-
-
+# The measurement
 @lru_cache(maxsize=1)
 def side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
 def capture(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, list[list[Tensor]]]:
-    """One CUDA graph of all calls, and their outputs, which each replay writes anew."""
+    """One CUDA graph of all calls, and the outputs of the calls, which each replay overwrites."""
     stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and runs whatever happens on a first call only
+    with torch.cuda.stream(stream):  # warm-up: compilation and everything that only a first call does
         for _ in range(2):
             for call in calls:
                 call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    gc.disable()  # to unload a kernel that nobody uses any more would invalidate the capture
+    gc.disable()  # unloading an unused kernel would invalidate the capture
     try:
         with torch.cuda.graph(graph, stream=stream):
             outputs = [call() for call in calls]
@@ -235,7 +225,7 @@ def capture(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, list[list[Tens
 
 
 def launched(calls: list[Callable], launch: str) -> tuple[Callable, list[list[Tensor]]]:
-    """What to time, and what it has computed."""
+    """The function to time, and the outputs of its calls."""
     if launch == HOST:
         (call,) = calls
         return call, [call()]
@@ -250,14 +240,12 @@ def assert_close(outputs: list[list[Tensor]], wanted: list[list[Tensor]], tolera
     for number, (given, right) in enumerate(zip(outputs, wanted, strict=True)):
         for index, (one, other) in enumerate(zip(given, right, strict=True)):
             error = ((one.double() - other).norm() / other.norm()).item()
-            assert error <= tolerance, (
-                f"output {index} of call {number} is off by {error:.2g} of its norm"
-            )  # NaN fails too
+            assert error <= tolerance, f"output {index} of call {number}: relative error {error:.2g}"
 
 
 @pytest.fixture(scope="session")
 def copy_gb_per_s(pytestconfig):
-    """Bandwidth of a copy far larger than any cache, bytes read plus bytes written."""
+    """Bandwidth of a copy that is far larger than any cache, in GB/s of bytes read plus bytes written."""
     quick = pytestconfig.option.quick
     source = torch.rand((64 if quick else 512) << 18, device=DEVICE)  # MiB of fp32
     call = partial(copy, source, torch.empty_like(source))
@@ -267,29 +255,21 @@ def copy_gb_per_s(pytestconfig):
 
 @pytest.fixture
 def measure(pytestconfig, benchmark, record, copy_gb_per_s):
-    """measure(call, calls, moved, row): times what holds that many calls, each of which must move so many
-    bytes, and records the row."""
+    """measure(call, calls, moved, row): times `call` and records the row.
+
+    `call` consists of `calls` calls of a function, each of which must move `moved` bytes.
+    """
     quick = pytestconfig.option.quick
+    rounds = 3 if quick else 50 if ON_GPU else 7
 
     def run_and_record(call: Callable, calls: int, moved: int, row: dict) -> None:
         gpu_us = [value / calls for value in gpu_microseconds(call, quick)] if ON_GPU else None
-        benchmark.pedantic(
-            lambda: (call(), synchronize()), rounds=3 if quick else 50 if ON_GPU else 7, warmup_rounds=1
-        )
+        benchmark.pedantic(lambda: (call(), synchronize()), rounds=rounds, warmup_rounds=1)
         wall_us = quantiles([1e6 * value / calls for value in benchmark.stats.stats.data])
         speed = moved / (gpu_us or wall_us)[0] / 1e3
-        record(
-            row
-            | {
-                "l2": "cold" if ON_GPU else "not cleared",
-                "gpu_us": gpu_us,
-                "wall_us": wall_us,
-                "bytes": moved,
-                "gb_per_s": speed,
-                "of_copy": speed / copy_gb_per_s,
-                "copy_gb_per_s": copy_gb_per_s,
-            }
-        )
+        row |= {"l2": "cold" if ON_GPU else "not cleared", "gpu_us": gpu_us, "wall_us": wall_us}
+        row |= {"bytes": moved, "gb_per_s": speed, "of_copy": speed / copy_gb_per_s}
+        record(row | {"copy_gb_per_s": copy_gb_per_s})
 
     return run_and_record
 
@@ -312,7 +292,7 @@ def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
     precision = pytestconfig.option.dtype
     dtype, arguments = DTYPES[precision], shapes(op, tap, batch)
     upstream = None
-    if passes != "forward":  # fp16 trains with a scaled loss
+    if passes != "forward":  # training in fp16 scales the loss
         upstream = torch.tensor(65536.0 if precision == "fp16" else 1.0, device=DEVICE)
     sets = [draw(arguments, dtype, seed) for seed in range(8 if launch == EIGHT else 1)]
     loss = implementation(op, tap, impl)
@@ -322,52 +302,27 @@ def test_loss(op, tap, impl, passes, launch, pytestconfig, measure, batch):
         ",".join("x".join(map(str, shape)) for name, shape in one.items() if name not in PARAMETERS)
         for one in arguments
     ]
-    measure(
-        call,
-        len(sets),
-        least_bytes(arguments, passes, dtype),
-        {
-            "op": op,
-            "tap": tap,
-            "shape": " + ".join(maps),
-            "dtype": precision,
-            "impl": impl,
-            "pass": passes,
-            "launch": launch,
-        },
-    )
+    row = {"op": op, "tap": tap, "shape": " + ".join(maps), "dtype": precision}
+    row |= {"impl": impl, "pass": passes, "launch": launch}
+    measure(call, len(sets), least_bytes(arguments, passes, dtype), row)
 
 
 def test_copy(tap, launch, pytestconfig, measure, batch):
-    """As many bytes as vid_nll moves forward and backward."""
+    """A copy of as many bytes as vid_nll moves in forward and backward."""
     if launch != HOST:
         needs_gpu("a CUDA graph")
     precision = pytestconfig.option.dtype
     moved = least_bytes(shapes("vid_nll", tap, batch), "forward+backward", DTYPES[precision])
-    sources = [
-        torch.rand(moved // 8, device=DEVICE) for _ in range(8 if launch == EIGHT else 1)
-    ]  # fp32, half is read, half written
+    elements = moved // 8  # fp32; half of the bytes are read, half are written
+    sources = [torch.rand(elements, device=DEVICE) for _ in range(8 if launch == EIGHT else 1)]
     call, outputs = launched([partial(copy, source, torch.empty_like(source)) for source in sources], launch)
     assert_close(outputs, [[source.double()] for source in sources], 0.0)
-    measure(
-        call,
-        len(sources),
-        moved,
-        {
-            "op": "copy",
-            "tap": tap,
-            "shape": str(moved // 8),
-            "dtype": "fp32",
-            "impl": "torch",
-            "pass": "copy",
-            "launch": launch,
-        },
-    )
+    row = {"op": "copy", "tap": tap, "shape": str(elements), "dtype": "fp32"}
+    measure(call, len(sources), moved, row | {"impl": "torch", "pass": "copy", "launch": launch})
 
 
 def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batch):
-    """A whole step as training takes it, and in the same minute the four vid_nll of its taps alone, without
-    their convolutions."""
+    """Times a whole training step, and then its four vid_nll alone, without their convolutions."""
     precision, rounds = pytestconfig.option.dtype, 2 if pytestconfig.option.quick else 5
     torch.manual_seed(0)
     config = TrainConfig(method=("vid",), batch_size=batch, precision=precision).resolved()
@@ -381,22 +336,8 @@ def test_share_of_the_losses_in_a_vid_step(pytestconfig, benchmark, record, batc
     wall_us = quantiles([1e6 * value for value in benchmark.stats.stats.data])
 
     inputs = draw(shapes("vid_nll", "all", batch), DTYPES[precision], 0)
-    losses_us = wall_microseconds(
-        partial(run, total(kernels.vid_nll), inputs, torch.ones((), device=DEVICE)), rounds
-    )
-    record(
-        {
-            "op": "vid_step",
-            "tap": "all",
-            "shape": f"{batch}x3x32x32",
-            "dtype": precision,
-            "impl": "auto",
-            "pass": "step",
-            "launch": HOST,
-            "l2": "not cleared",
-            "gpu_us": None,
-            "wall_us": wall_us,
-            "losses_us": losses_us,
-            "losses_share": losses_us[0] / wall_us[0],
-        }
-    )
+    losses = partial(run, total(kernels.vid_nll), inputs, torch.ones((), device=DEVICE))
+    losses_us = wall_microseconds(losses, rounds)
+    row = {"op": "vid_step", "tap": "all", "shape": f"{batch}x3x32x32", "dtype": precision, "impl": "auto"}
+    row |= {"pass": "step", "launch": HOST, "l2": "not cleared", "gpu_us": None, "wall_us": wall_us}
+    record(row | {"losses_us": losses_us, "losses_share": losses_us[0] / wall_us[0]})

@@ -1,12 +1,13 @@
-"""How fast a training step is: ours beside a plain one, each measure's share, and how the cost scales. WRN-40-2 teaches WRN-16-1.
+"""Speed of a training step: plain step, each optimisation, scaling of the cost. WRN-40-2 teaches WRN-16-1.
 
     python -m pytest bench/test_step.py --data DIR [--rows FILE.jsonl] [--quick]
-    python bench/plot_step.py FILE.jsonl PICTURE.png     the rows of the scale
+    python bench/plot_step.py FILE.jsonl PICTURE.png     plots how the cost scales
 
-DIR holds cifar-10-batches-py. The plain step is what common distillation code does: fp32, NCHW, eager, torchvision's DataLoader with two
-workers (on a GPU one batch that lies there), a batch and a teacher forward for every method (the student's too, until the rung that takes
-it away), the formulas in plain PyTorch, loss.item(). Each side is a process of its own (step.py); they take turns, round by round, so that
-a busy minute slows them all.
+DIR holds cifar-10-batches-py. The plain step is that of common distillation code: fp32, NCHW, eager,
+torchvision's DataLoader with two workers (on a GPU one static batch), a batch and a teacher forward for every
+method (even for the plain student, until LADDER removes this), the equations in plain PyTorch, loss.item().
+Each variant runs in its own process (step.py). The processes take turns in each round, so that other load on
+the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -28,19 +29,8 @@ from fastvid.loader import dali_is_installed
 FIVE = ("student", "kd", "fitnet", "at", "vid")
 EAGER, COMPILED, CAPTURED, WHOLE = (False, False), (True, False), (False, True), (True, True)
 LOADER = "dali" if dali_is_installed() else "torch"
-PLAIN = {"loader": "static"} if ON_GPU else {}  # on a GPU with its data there
-OURS = {
-    "idle_teacher": False,
-    "loader": LOADER,
-    "channels_last": True,
-    "precision": "bf16",
-    "shared_teacher": True,
-    "frozen_teacher": True,
-    "fused_losses": True,
-    "engine": EAGER,
-    "tuned": True,
-}
-LADDER = {  # from the plain step to ours: every rung keeps what came before
+PLAIN = {"loader": "static"} if ON_GPU else {}  # on a GPU, the batch is already in GPU memory
+LADDER = {  # from the plain step to the step of fastvid: every rung keeps the changes of the rungs before
     "plain": PLAIN,
     "no idle teacher": {"idle_teacher": False},
     "our loader": {"loader": LOADER},
@@ -51,22 +41,22 @@ LADDER = {  # from the plain step to ours: every rung keeps what came before
     "fused losses": {"fused_losses": True},
     "our step": {"engine": EAGER},
     "tuned": {"tuned": True},
-    "compile": {"engine": COMPILED},
-} | ({"graph": {"engine": CAPTURED}, "compile and graph": {"engine": WHOLE}} if ON_GPU else {})
+}
+OURS = {name: value for change in LADDER.values() for name, value in change.items()}  # all rungs together
+LADDER["compile"] = {"engine": COMPILED}
+if ON_GPU:
+    LADDER |= {"graph": {"engine": CAPTURED}, "compile and graph": {"engine": WHOLE}}
 
 
 class Side:
-    """A process that makes steps when it is told to."""
+    """A process of step.py, which takes steps when `microseconds` is called."""
 
     def __init__(self, spec: Step):
         self.spec = spec
         settings = {name: value for name, value in dataclasses.asdict(spec).items() if value is not None}
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(settings)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
     def __enter__(self) -> Side:
         assert self._process.stdout.readline() == "ready\n", f"{self.spec} did not start"
@@ -77,14 +67,17 @@ class Side:
         self._process.wait(timeout=60)
 
     def microseconds(self, steps: int) -> float:
-        """Per step."""
+        """Microseconds per step, over this number of steps."""
         print(steps, file=self._process.stdin, flush=True)
         return 1e6 * float(self._process.stdout.readline()) / steps
 
 
 @pytest.fixture
 def compare(pytestconfig, record):
-    """compare(subject, {side: Step}): measure the sides in turns and record a row for each; the first is the one to compare with."""
+    """compare(subject, {name: Step}): measures the steps in turns and records a row for each.
+
+    The speed-up of a row compares it with the first step.
+    """
     if not pytestconfig.option.data:
         pytest.skip("no CIFAR-10: give the folder of cifar-10-batches-py as --data")
     quick = pytestconfig.option.quick
@@ -96,39 +89,24 @@ def compare(pytestconfig, record):
         times: dict[str, list[float]] = {side: [] for side in specs}
         with ExitStack() as stack:
             sides = {}
-            for name, spec in specs.items():  # one after another: a start would disturb the next one's
-                sides[name] = stack.enter_context(
-                    Side(dataclasses.replace(spec, data=str(pytestconfig.option.data)))
-                )
+            for name, spec in specs.items():  # each process is ready before the next process starts
+                spec = dataclasses.replace(spec, data=str(pytestconfig.option.data))
+                sides[name] = stack.enter_context(Side(spec))
             for number in range(rounds + 1):
                 for name, side in sides.items():
-                    time.sleep(0.3)  # what the last one prefetches shall not disturb this one
+                    time.sleep(0.3)  # lets the previous process finish its prefetching
                     microseconds = side.microseconds(steps)
-                    if number:  # the first round warms up
+                    if number:  # the first round is the warm-up
                         times[name].append(microseconds)
         middle = {name: quantiles(values) for name, values in times.items()}
         first = next(iter(middle.values()))
         for name, spec in specs.items():
-            images = spec.batch * len(spec.methods)
-            record(
-                {
-                    "op": "step",
-                    "tap": subject,
-                    "shape": f"{spec.batch}x3x32x32",
-                    "dtype": spec.precision,
-                    "impl": name,
-                    "pass": "step",
-                    "launch": "host",
-                    "on": DEVICE.type,
-                    "gpu_us": None,
-                    "wall_us": middle[name],
-                    "images_per_s": round(1e6 * images / middle[name][0]),
-                    "speed_up": round(first[0] / middle[name][0], 3),
-                    "methods": spec.methods,
-                    "student": spec.student,
-                    **more,
-                }
-            )
+            images, wall_us = spec.batch * len(spec.methods), middle[name]
+            row = {"op": "step", "tap": subject, "shape": f"{spec.batch}x3x32x32", "dtype": spec.precision}
+            row |= {"impl": name, "pass": "step", "launch": "host", "on": DEVICE.type}
+            row |= {"gpu_us": None, "wall_us": wall_us, "images_per_s": round(1e6 * images / wall_us[0])}
+            row |= {"speed_up": round(first[0] / wall_us[0], 3), "methods": spec.methods}
+            record(row | {"student": spec.student} | more)
         return {name: values[0] for name, values in middle.items()}
 
     return measure
@@ -162,6 +140,5 @@ SCALES = {
 def test_cost_of_a_step_against(compare, scale, pytestconfig):
     changes = list(SCALES[scale].items())[: 2 if pytestconfig.option.quick else None]
     settings = OURS | {"engine": WHOLE if ON_GPU else EAGER}
-    compare(
-        f"scale: {scale}", {str(value): Step(**(settings | change)) for value, change in changes}, scale=scale
-    )
+    specs = {str(value): Step(**(settings | change)) for value, change in changes}
+    compare(f"scale: {scale}", specs, scale=scale)

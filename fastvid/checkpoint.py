@@ -1,4 +1,7 @@
-"""Weights (safetensors) and resume state (torch). Reading verifies first, and unpickles nothing but tensors and plain values."""
+"""Files of weights (safetensors) and of resume state (torch).
+
+Loading checks for damage first, and unpickles nothing but tensors and plain values.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from fastvid.errors import InputError
 from fastvid.files import write_atomic
 from fastvid.wresnet import WideResNet
 
-METADATA_KEY = "fastvid"  # of the one entry of safetensors metadata that is ours, a JSON object
-METHOD_PREFIX = "method."  # regressors and variances lie beside the network's own keys under this name
+METADATA_KEY = "fastvid"  # this entry of the safetensors metadata is a JSON object written by fastvid
+METHOD_PREFIX = "method."  # prefix of the keys of regressors and variances, beside the keys of the network
 
 
 class Weights(NamedTuple):
@@ -30,31 +33,30 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     metadata: dict
-    """what save_weights was given, and `tensors_sha256`; {} in files of other programs"""
+    """the `metadata` of save_weights plus `tensors_sha256`; {} in files of other programs"""
     sha256: str
-    """of the file"""
+    """SHA-256 of the file, in hex"""
     verified: bool
-    """whether the file carries our checksums, and they match"""
+    """whether the file carries checksums of fastvid (which then match)"""
     path: Path
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict) -> str:
-    """Write a .safetensors file with `metadata`, checksums of both inside. Returns the SHA-256 of the file, in hex."""
+    """Write tensors, metadata and checksums of both as .safetensors. Returns the file's SHA-256 in hex."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, "tensors_sha256": _checksum(tensors)}
     text = json.dumps({**metadata, "metadata_sha256": _checksum_of(metadata)}, sort_keys=True)
-    content = safetensors_bytes(
-        tensors, {METADATA_KEY: text}
-    )  # one entry: safetensors writes several in any order
+    # a single entry of metadata, because safetensors writes several entries in any order
+    content = safetensors_bytes(tensors, {METADATA_KEY: text})
     write_atomic(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def load_weights(path: str | Path) -> Weights:
-    """The weights in a .safetensors file, or in a .pth or .pt with a state dict.
+    """The weights in a .safetensors file, or in a .pth or .pt file with a state dict.
 
-    A .pth or .pt holds the state dict alone or under "model" or "state_dict", and no metadata; nor do files of other programs.
-    Raises InputError for a file that is missing, damaged or something else.
+    A .pth or .pt file holds the state dict directly or under "model" or "state_dict". Such files have no
+    metadata. Raises InputError if the file is missing, damaged or something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,65 +70,59 @@ def load_weights(path: str | Path) -> Weights:
             raise InputError(f"{path}: not a readable safetensors file ({error}): copy it again") from error
         checksums = metadata.pop("metadata_sha256", None), metadata.get("tensors_sha256")
         if any(checksums) and checksums != (_checksum_of(metadata), _checksum(tensors)):
-            raise InputError(
-                f"{path}: it does not match the checksums that it carries: it is damaged, copy it again"
-            )
+            raise InputError(f"{path} does not match its own checksums: the file is damaged, copy it again")
         return Weights(tensors, metadata, sha256, verified=any(checksums), path=path)
     tensors = load_state(path, content)
     for key in ("model", "state_dict"):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
-    ):
-        raise InputError(
-            f"{path}: holds no state dict, neither alone nor under 'model' or 'state_dict': save one with torch.save"
-        )
-    return Weights(
-        {name.removeprefix("module."): tensor for name, tensor in tensors.items()},
-        {},
-        sha256,
-        verified=False,
-        path=path,
+    named = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     )
+    if not named or not tensors:
+        raise InputError(
+            f"{path} holds no state dict, neither directly nor under 'model' or 'state_dict': "
+            "save a state dict with torch.save"
+        )
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return Weights(tensors, {}, sha256, verified=False, path=path)
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hex."""
+    """SHA-256 of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_network(path: str | Path, depth: int, width: int, num_classes: int) -> WideResNet:
-    """The WideResNet of these sizes with the weights of a file. Raises InputError as load_weights and build_network do."""
+    """build_network with the weights of a file. Raises InputError as load_weights and build_network do."""
     return build_network(load_weights(path), depth, width, num_classes)
 
 
 def build_network(weights: Weights, depth: int, width: int, num_classes: int) -> WideResNet:
     """The WideResNet of these sizes with these weights, in eval mode, frozen.
 
-    Raises InputError when they are of another architecture, or keys are missing or left over: all are named.
+    Raises InputError if the weights belong to another architecture. The message names the keys that differ.
     """
     path = weights.path
     tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith(METHOD_PREFIX)}
     found = _architecture(tensors)
     if found and found != (depth, width, num_classes):
         raise InputError(
-            f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for {num_classes} "
-            "was asked for: set --teacher-depth and --teacher-width, or take a teacher of this data set"
+            f"{path} holds a WRN-{found[0]}-{found[1]} for {found[2]} classes, but a WRN-{depth}-{width} for "
+            f"{num_classes} was asked for: set --teacher-depth and --teacher-width, or take a teacher of "
+            "this data set"
         )
     network = WideResNet(depth, width, num_classes)
     own = network.state_dict()
-    counters = {
-        name for name in own if name.endswith("num_batches_tracked")
-    }  # of no use, and left out by older checkpoints
+    # older checkpoints lack these counters, and nothing uses them
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
     missing, unexpected = sorted(own.keys() - tensors.keys() - counters), sorted(tensors.keys() - own.keys())
     misshapen = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
     if missing or unexpected or misshapen:
         raise InputError(
-            f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; unexpected keys {_some(unexpected)}; "
-            f"other shapes {_some(misshapen)}: take weights with the names of WideResNet-pytorch or RepDistiller"
+            f"{path} does not fit a WRN-{depth}-{width}: missing keys {_some(missing)}; "
+            f"unexpected keys {_some(unexpected)}; other shapes {_some(misshapen)}: "
+            "take weights with the names of WideResNet-pytorch or RepDistiller"
         )
     odd = {
         name
@@ -135,12 +131,11 @@ def build_network(weights: Weights, depth: int, width: int, num_classes: int) ->
     }
     if odd - counters:
         raise InputError(
-            f"{path} holds weights that are no plain numbers (sparse, quantized, complex, integer or on no device): "
-            f"{_some(sorted(odd))}: save them as floating-point tensors"
+            f"{path} holds weights that are not plain floating-point tensors (sparse, quantized, complex, "
+            f"integer, or on no device): {_some(sorted(odd))}: save them as floating-point tensors"
         )
-    network.load_state_dict(
-        {name: tensor for name, tensor in tensors.items() if name not in odd}, strict=False
-    )
+    plain = {name: tensor for name, tensor in tensors.items() if name not in odd}
+    network.load_state_dict(plain, strict=False)
     return network.eval().requires_grad_(False)
 
 
@@ -157,32 +152,32 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def load_state(path: str | Path, content: bytes | None = None) -> dict:
-    """What save_state wrote, on the CPU. Raises InputError when the file is damaged or holds more than tensors and plain values.
+    """The state that save_state wrote, on the CPU.
 
-    content: of the file, where it was read before.
+    content: the bytes of the file, if the caller has already read them.
+    Raises InputError if the file is damaged or holds anything but tensors and plain values.
     """
     try:
         file = io.BytesIO(Path(path).read_bytes() if content is None else content)
-        if zipfile.is_zipfile(file):  # else the format of torch < 1.6, which has no checksums
+        if zipfile.is_zipfile(file):  # files of torch < 1.6 are no archives and have no checksums
             with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load itself does not look at the CRCs
+                damaged = archive.testzip()  # torch.load does not check the CRCs
             if damaged:
                 raise ValueError(f"its entry {damaged} is damaged")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what follows says it in one line
+            warnings.simplefilter("ignore")  # about pickle protocols: the InputError below is enough
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it anyway
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to disable weights_only
             reason = "damaged, or with objects that only trusted files may hold"
-        raise InputError(
-            f"{path}: not a readable torch file of tensors ({reason}): copy or make it again"
-        ) from error
+        message = f"{path}: not a readable torch file of tensors ({reason}): copy or make it again"
+        raise InputError(message) from error
 
 
 def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
-    """(depth, width, classes) that the names and shapes speak of, or None."""
+    """(depth, width, classes) according to names and shapes, or None if they do not tell."""
     blocks = {name.split(".")[2] for name in tensors if name.startswith("block1.layer.")}
     first, head = tensors.get("block1.layer.0.conv1.weight"), tensors.get("fc.weight")
     if not blocks or first is None or head is None or first.dim() != 4 or head.dim() != 2:
@@ -191,7 +186,7 @@ def _architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int] | None:
 
 
 def _metadata(content: bytes) -> dict:
-    """Ours in a safetensors file: {} where there is none. Raises ValueError when it is no JSON object."""
+    """The metadata that save_weights wrote into a safetensors file, or {}. Raises ValueError if malformed."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     entries = header.get("__metadata__", {})
     metadata = json.loads(entries.get(METADATA_KEY, "{}"))

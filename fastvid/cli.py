@@ -1,4 +1,4 @@
-"""The command line, derived from the fields of the configuration. Imports torch only when a command needs it."""
+"""The command line, derived from the fields of the configuration. Commands import torch only if needed."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _refuse(
-            f"{error.filename or 'a file'}: {error.strerror or error}: check the path and its permissions"
-        )
+        name, reason = error.filename or "a file", error.strerror or error
+        return _refuse(f"{name}: {reason}: check the path and its permissions")
     except Interrupted as error:
         _tell(f"fastvid: {error}")
         return 128 + error.number
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """The process `fastvid`."""
+    """Entry point of the process `fastvid`."""
     try:
         code = main()
         signals.ignore()
@@ -72,7 +71,7 @@ def _refuse(message: str) -> int:
 
 
 def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads stderr
+    with contextlib.suppress(OSError):  # stderr is closed
         print(line, file=sys.stderr)
 
 
@@ -95,7 +94,7 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _code(found: Iterable[RunResult]) -> int:
-    """1 and a line for each student that diverged, else 0."""
+    """Exit code: 1 if students diverged, else 0. Prints one line for each student that diverged."""
     diverged = [result for result in found if result.diverged]
     for result in diverged:
         subset = f"{result.per_class} per class" if result.per_class else "full"
@@ -116,54 +115,43 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
-        prog="fastvid",
-        description="Train small students from a teacher (VID, and KD, FitNet, AT to compare with) and reproduce the paper's table.",
+    purpose = (
+        "Distil a teacher into students by VID, KD, FitNet and AT, and reproduce the table of the VID paper."
     )
+    parser = _OneLineParser(prog="fastvid", description=purpose)
     parser.add_argument("--version", action="version", version=f"fastvid {fastvid.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_OneLineParser)
 
-    train = commands.add_parser(
-        "train", help="train one group: any methods, one teacher, one subset, one seed"
-    )
+    purpose = "train one group: any methods, one teacher, one subset, one seed"
+    train = commands.add_parser("train", help=purpose)
     _add_options(train, TrainConfig)
     train.set_defaults(run=_train, parser=train)
 
-    reproduce = commands.add_parser(
-        "reproduce", help="train the grid methods x fractions x seeds, then report"
-    )
+    purpose = "train the grid methods x fractions x seeds, then report"
+    reproduce = commands.add_parser("reproduce", help=purpose)
     _add_options(reproduce, Grid)
     _add_options(reproduce, TrainConfig, leave_out=("method", "per_class", "seed", "profile"))
     reproduce.set_defaults(run=_reproduce, parser=reproduce)
 
-    report = commands.add_parser(
-        "report", help="render table.md, table.csv and plots from the results in a folder"
-    )
+    purpose = "render table.md, table.csv and plots from the results in a folder"
+    report = commands.add_parser("report", help=purpose)
     report.add_argument("folder", metavar="DIR", help="output folder of train or reproduce")
     report.set_defaults(run=_report, parser=report)
 
-    doctor = commands.add_parser(
-        "doctor", help="say what this machine has: versions, device, loader, kernels, data"
-    )
-    doctor.add_argument(
-        "--data",
-        default=TrainConfig.data,
-        metavar="DIR",
-        help="where to look for data sets (default: %(default)s)",
-    )
+    purpose = "report about this machine: versions, device, loader, kernels, data"
+    doctor = commands.add_parser("doctor", help=purpose)
+    purpose = "folder that may hold data sets (default: %(default)s)"
+    doctor.add_argument("--data", default=TrainConfig.data, metavar="DIR", help=purpose)
     doctor.set_defaults(run=_doctor, parser=doctor)
     return parser
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """Errors are one line, as everywhere in fastvid; options cannot be abbreviated, so that new ones break no script."""
+    """Reports errors on one line. Options cannot be abbreviated, so that new options never break a script."""
 
     def __init__(self, **settings):
-        super().__init__(
-            **settings,
-            allow_abbrev=False,
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
-        )
+        formatter = partial(argparse.HelpFormatter, max_help_position=32)
+        super().__init__(**settings, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -172,7 +160,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def _add_options(
     parser: argparse.ArgumentParser, options: type, prefix: str = "", leave_out: tuple[str, ...] = ()
 ) -> None:
-    """One --option per field of a dataclass, and of the dataclasses in it (`vid.weight` is --vid-weight)."""
+    """Add one option per field of a dataclass and of the dataclasses in it (`vid.weight` is --vid-weight)."""
     hints, docs = get_type_hints(options), _field_docs(options)
     group = parser.add_argument_group(prefix.rstrip("_") or None, inspect.getdoc(options) if prefix else None)
     for field in dataclasses.fields(options):
@@ -187,22 +175,17 @@ def _add_options(
             group.add_argument(flag, action="store_true", help=text)
             continue
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        settings: dict[str, Any] = {
-            "type": _list_of(kind) if get_origin(kind) is tuple else kind,
-            "metavar": _metavar(field.name, kind),
-        }
+        if default is not None:
+            text = f"{text} (default: {default})"
+        parse = _list_of(kind) if get_origin(kind) is tuple else kind
+        settings: dict[str, Any] = {"type": parse, "metavar": _metavar(field.name, kind)}
         if get_origin(kind) is Literal:
             settings = {"choices": get_args(kind)}
-        group.add_argument(
-            flag,
-            default=field.default,
-            help=text if default is None else f"{text} (default: {default})",
-            **settings,
-        )
+        group.add_argument(flag, default=field.default, help=text, **settings)
 
 
 def _from_args(options: type, args: argparse.Namespace, prefix: str = ""):
-    """The dataclass with what the command line gave."""
+    """The dataclass `options` with the values of the command line."""
     hints, given = get_type_hints(options), vars(args)
     values = {}
     for field in dataclasses.fields(options):
@@ -217,12 +200,11 @@ def _from_args(options: type, args: argparse.Namespace, prefix: str = ""):
 def _field_docs(options: type) -> dict[str, str]:
     """The string under each field of a dataclass."""
     (node,) = ast.parse(inspect.getsource(options)).body
+    pairs = zip(node.body, node.body[1:])
     return {
-        field.target.id: text.value.value
-        for field, text in zip(node.body, node.body[1:])
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
 
@@ -245,6 +227,5 @@ def _list_of(kind: Any):
 def _metavar(name: str, kind: Any) -> str:
     if get_origin(kind) is tuple:
         return "A,B,..."
-    return {"data": "DIR", "out": "DIR", "teacher": "FILE", "device": "NAME"}.get(
-        name, "N" if kind is int else "X"
-    )
+    names = {"data": "DIR", "out": "DIR", "teacher": "FILE", "device": "NAME"}
+    return names.get(name, "N" if kind is int else "X")

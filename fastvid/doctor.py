@@ -1,4 +1,4 @@
-"""What this machine has: versions, device, which loader, engine and losses would run, which data was found."""
+"""Report about this machine: versions, device, default loader, engine and losses, available data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvid.errors import InputError
 from fastvid.kernels import checks
 from fastvid.step import LONG, choose_engine
 
-PACKAGES = {  # what each is for
+PACKAGES = {  # package: its purpose
     "torch": "training",
     "triton": "losses on a GPU",
     "numpy": "data",
@@ -28,15 +28,14 @@ PACKAGES = {  # what each is for
 
 
 def doctor(data: str) -> str:
-    """The report as lines of text. `data`: the folder in which data sets are looked for."""
+    """The report as lines of text. data: folder that may hold data sets."""
     device = choose_device("auto")
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads, no GPU"
-    )
+    name = f"{torch.get_num_threads()} CPU threads, no GPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    system = f"{platform.system()} {platform.machine()}"
     lines = [
-        f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"fastvid {fastvid.__version__}, Python {platform.python_version()}, {system}",
         f"device    {name}",
         f"loader    {loader.describe('auto')}",
         f"engine    {_engine(device)}",
@@ -69,13 +68,13 @@ def _version(package: str) -> str:
 
 
 def _state(dataset: str, data: str) -> str:
-    """Whether the data set can be loaded. It is loaded, so damage shows, unless that may take minutes."""
+    """State of the data set. Loads the data set to detect damage, unless loading can take minutes."""
     if not datasets.located(dataset, data):
         return "not found"
     try:
         if datasets.DATASETS[dataset].slow:
             for split in ("train", "test"):
-                datasets.fingerprint(dataset, data, split)  # checks the layout, decodes nothing
+                datasets.fingerprint(dataset, data, split)  # checks the layout without decoding images
             return "train/ and test/ found"
         train, test = (datasets.load(dataset, data, split) for split in ("train", "test"))
         return f"{len(train):,} training and {len(test):,} test images"

@@ -1,4 +1,4 @@
-"""What a number depends on beside the settings: versions, commit, device, threads."""
+"""The environment of a run, which results record beside the settings: versions, commit, device, threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastvid
 
 @cache
 def environment(device: torch.device) -> dict:
-    """Recorded in every result."""
+    """The entries that every result records."""
     on_gpu = device.type == "cuda"
     return {
         "fastvid": fastvid.__version__,
@@ -39,18 +39,10 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, marked when files differ from it; None outside a checkout."""
+    """The commit of this checkout, with "-dirty" if files have changed; None outside a checkout."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    settings = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
     try:
-        git = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-            "--match=",
-        ]
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(git, **settings).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -2,11 +2,14 @@
 
 
 class InputError(ValueError):
-    """An error that the user can mend. Its message is one line: what was found, where, and the remedy."""
+    """An error that the user can correct. Its message is one line: what was found, where, and the remedy."""
 
 
 class Interrupted(Exception):
-    """The user stopped the training, and everything is saved. The message says how to go on; `number` is the signal."""
+    """A signal stopped the training after everything was saved. The message says how to resume.
+
+    number: the number of the signal.
+    """
 
     def __init__(self, message: str, number: int):
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""An output folder: the results of finished runs, their final weights, and the resume state of a group that is not done.
+"""An output folder: results and final weights of finished runs, and the resume state of unfinished groups.
 
 OUT/results.jsonl      one line per finished run
-OUT/NAME.safetensors   its final weights, those of the method (regressors, variances) under `method.`
-OUT/GROUP.resume       everything that an interrupted group needs to go on; deleted when the group is done
+OUT/NAME.safetensors   final weights of that run; regressors and variances have keys under `method.`
+OUT/GROUP.resume       everything that an interrupted group needs to resume; deleted at the end of the group
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fastvid.student import Student
 
 
 class OutputFolder:
-    """The folder of --out. Several processes may train different groups in it at once: each claims the group that it trains."""
+    """The folder of --out. Several processes may use it at once: each claims the group that it trains."""
 
     def __init__(self, path: str | Path):
         self.path = results.open_folder(Path(path))
 
     @contextmanager
     def claim(self, settings: TrainConfig, *, wait: bool = False) -> Iterator[bool]:
-        """Yield whether this process may train the group of these settings: nobody else does until the block ends."""
+        """Yield True if this process may train the group of these settings; no other process then can."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(locked(self.path / f".{group_name(settings)}.lock", wait=wait))
@@ -46,9 +46,9 @@ class OutputFolder:
                 yield True
 
     def finished(self, setup: Setup) -> dict[str, RunResult]:
-        """The results that are here of the group of `setup`, by method, diverged ones included.
+        """The results of the group of `setup` in this folder, by method, including diverged runs.
 
-        Raises InputError when the folder holds results that cannot share one table with that group.
+        Raises InputError if the folder holds results that cannot share one table with that group.
         """
         found, notes = results.read(self.path)
         for note in notes:
@@ -56,7 +56,7 @@ class OutputFolder:
         return find_finished(setup, found)
 
     def check_weights(self, result: RunResult) -> None:
-        """Say so when the final weights of a finished run are lost or changed."""
+        """Print a line if the final weights of a finished run are missing or changed."""
         weights = self.path / result.weights
         if result.diverged or (weights.is_file() and checkpoint.sha256_of(weights) == result.weights_sha256):
             return
@@ -66,7 +66,7 @@ class OutputFolder:
         say(f"{weights} {'has changed' if weights.is_file() else 'is gone'}: the result stands; {remedy}")
 
     def saved_students(self, settings: TrainConfig) -> list[str]:
-        """The students of the resume state of this group; [] without one."""
+        """Names of the students in the resume state of this group; [] if there is none."""
         path = self.resume_path(settings)
         return list(self._read(path)["students"]) if path.exists() else []
 
@@ -85,11 +85,12 @@ class OutputFolder:
         checkpoint.save_state(self.resume_path(setup.settings), state)
 
     def load(self, group: Group) -> None:
-        """Let the group go on where it was saved, if it was. Raises InputError when the state is of something else."""
+        """Load the resume state of the group, if one exists. Raises InputError if that state does not fit."""
         setup, path = group.setup, self.resume_path(group.setup.settings)
         if not path.exists():
             return
         state, remedy = self._read(path), "give the old settings, another --out, or delete the file"
+        versions, version_remedy = _versions(setup), "install that version again, or delete the file"
         try:
             for student in group.students:
                 _require_same(state["identities"][student.name], identity(student.settings), path, remedy)
@@ -99,21 +100,11 @@ class OutputFolder:
             for what, value in wanted.items():
                 if state[f"{what}_sha256"] != value:
                     raise InputError(f"{path} was made with another {what}: {remedy}")
-            _require_same(
-                state["versions"], _versions(setup), path, "install that version again, or delete the file"
-            )
+            _require_same(state["versions"], versions, path, version_remedy)
             group.load_state(state)
         except InputError:
             raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is not a resume state of this version ({error}): delete it") from error
 
     @staticmethod
@@ -124,7 +115,7 @@ class OutputFolder:
         return state
 
     def finish(self, group: Group) -> list[RunResult]:
-        """Write final weights and results of all students of the group, then delete its resume state."""
+        """Write final weights and results of all students of the group, then delete the resume state."""
         done = [self.finish_student(group, student) for student in group.students]
         self.resume_path(group.setup.settings).unlink(missing_ok=True)
         return done
@@ -132,31 +123,26 @@ class OutputFolder:
     def finish_student(self, group: Group, student: Student) -> RunResult:
         """Write the final weights and the result of one student."""
         data, curve = group.setup.data, group.curves[student.name]
-        tensors = dict(student.network.state_dict())
-        tensors |= {
-            checkpoint.METHOD_PREFIX + name: value for name, value in student.method.state_dict().items()
+        tensors, prefix = dict(student.network.state_dict()), checkpoint.METHOD_PREFIX
+        tensors |= {prefix + name: value for name, value in student.method.state_dict().items()}
+        metadata = {
+            "architecture": f"WRN-{student.network.depth}-{student.network.width}",
+            "dataset": student.settings.dataset,
+            "normalisation": {"mean": data.train.mean, "std": data.train.std},
+            "classes": data.train.class_names,
+            "accuracy": curve[-1].accuracy,
+            "evaluated_on": data.evaluated_on,
+            "config": identity(student.settings),
         }
         weights = self.path / weights_name(student.settings, student.name)
-        sha256 = checkpoint.save_weights(
-            weights,
-            tensors,
-            {
-                "architecture": f"WRN-{student.network.depth}-{student.network.width}",
-                "dataset": student.settings.dataset,
-                "normalisation": {"mean": data.train.mean, "std": data.train.std},
-                "classes": data.train.class_names,
-                "accuracy": curve[-1].accuracy,
-                "evaluated_on": data.evaluated_on,
-                "config": identity(student.settings),
-            },
-        )
+        sha256 = checkpoint.save_weights(weights, tensors, metadata)
         best = max(point.accuracy for point in curve)
         result = self._result(group, student, curve[-1].accuracy, best, weights.name, sha256)
         results.append(self.path, result)
         return result
 
     def record_divergence(self, group: Group, student: Student, reason: str) -> RunResult:
-        """Write a result line that says when and how the student diverged. It has no accuracy and no weights."""
+        """Write a result with the epoch and reason of the divergence, without accuracy and weights."""
         result = self._result(group, student, None, None, "", "", reason)
         results.append(self.path, result)
         return result
@@ -222,10 +208,10 @@ def weights_name(settings: TrainConfig, method: str) -> str:
 
 
 def find_finished(setup: Setup, found: list[RunResult]) -> dict[str, RunResult]:
-    """Those of `found` that are runs of the group of `setup`, by method.
+    """The results in `found` that belong to the group of `setup`, by method.
 
-    A student that diverged with other settings does not count. Raises InputError when any other result cannot share one table
-    with the group.
+    Diverged runs with other settings are ignored. Raises InputError if any other result cannot share one
+    table with the group.
     """
     settings, teacher = setup.settings, setup.teacher_sha256
     finished = {}
@@ -233,20 +219,19 @@ def find_finished(setup: Setup, found: list[RunResult]) -> dict[str, RunResult]:
     used = {result.teacher_sha256 for result in found} - {None}
     if teacher and (used - {teacher} or teachers and teacher not in teachers):
         raise InputError(
-            f"{settings.out} holds results of another teacher (SHA-256 {min(used or teachers)[:12]}, now {teacher[:12]}): "
-            "give the old teacher or another --out"
+            f"{settings.out} holds results of another teacher (SHA-256 {min(used or teachers)[:12]}, "
+            f"now {teacher[:12]}): give the old teacher or another --out"
         )
     if settings.method == ("teacher",) and used - teachers:
         raise InputError(
-            f"{settings.out} holds students of a teacher (SHA-256 {min(used - teachers)[:12]}) whose result is not there, so no "
-            "other teacher is trained there: give that one as --teacher, or another --out"
+            f"{settings.out} holds students of a teacher (SHA-256 {min(used - teachers)[:12]}) whose result "
+            "is not there, so no other teacher is trained there: give that teacher as --teacher, or another "
+            "--out"
         )
     for result in found:
-        same_run = dataclasses.replace(
-            setup.request, method=(result.method,), per_class=result.per_class, seed=result.seed
-        )
+        run = {"method": (result.method,), "per_class": result.per_class, "seed": result.seed}
         try:
-            _require_same_run(result, same_run, setup)
+            _require_same_run(result, dataclasses.replace(setup.request, **run), setup)
         except InputError:
             if result.diverged:
                 continue
@@ -268,13 +253,13 @@ def _require_same_run(result: RunResult, settings: TrainConfig, setup: Setup) ->
         )
     if result.data_sha256 != setup.data.sha256:
         raise InputError(
-            f"{settings.out} holds results of another {settings.dataset} than the one that is now in {settings.data}: "
-            "give the old data or another --out"
+            f"{settings.out} holds results of another {settings.dataset} than the one that is now in "
+            f"{settings.data}: give the old data or another --out"
         )
 
 
 def identity(settings: TrainConfig) -> dict:
-    """The settings that make a run of one method what it is, as JSON gives them back: without those that it does not use."""
+    """The settings that define a run of one method, as JSON values, without settings that the run ignores."""
     (method,) = settings.method
     idle = {*CIRCUMSTANCES, *OPTION_GROUPS} - {*method_parts(method)}
     idle |= {"student_depth", "student_width"} if method == "teacher" else set()
@@ -285,12 +270,11 @@ def identity(settings: TrainConfig) -> dict:
 
 def _require_same(recorded: dict, wanted: dict, what: object, remedy: str) -> None:
     for name, value in wanted.items():
-        if recorded.get(name) != value:
-            raise InputError(
-                f"{what} was made with {name} = {recorded.get(name)}, but now it is {value}: {remedy}"
-            )
+        found = recorded.get(name)
+        if found != value:
+            raise InputError(f"{what} was made with {name} = {found}, but now the value is {value}: {remedy}")
 
 
 def _versions(setup: Setup) -> dict:
-    """What must not change between two processes that train the same group."""
+    """The versions that must be equal in all processes that train the same group."""
     return {name: value for name, value in environment(setup.device).items() if name in ("fastvid", "torch")}

@@ -1,4 +1,4 @@
-"""Students that are trained together: one teacher, one subset, one seed, the same batches; and how far they are."""
+"""A group: students trained together on the same batches, with one teacher, one subset and one seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVAL_BATCH = 500
 
 
 class Setup(NamedTuple):
-    """What all students of a group share and no step changes."""
+    """Everything that all students of a group share and that no step changes."""
 
     request: TrainConfig
     """the settings of the whole group, as the user wrote them"""
@@ -34,9 +34,9 @@ class Setup(NamedTuple):
     data: Data
     teacher: WideResNet | None
     teacher_sha256: str | None
-    """of the teacher's weights file"""
+    """SHA-256 of the teacher's weights file"""
     teacher_accuracy: float | None
-    """in percent, on the evaluation split"""
+    """accuracy in percent on the evaluation split"""
     device: torch.device
     engine: str
 
@@ -48,8 +48,10 @@ class Setup(NamedTuple):
 class Group:
     """The students of one training and their progress.
 
-    students: those that still train; one that diverges leaves.  step: optimizer steps done.  clock: seconds by part.
-    curves: the learning curve of each student so far, by name.  methods: all who began together.
+    students: the students that still train; a student that diverges is removed.
+    methods: names of all students that started together.
+    step: number of optimizer steps taken.  clock: seconds by part.
+    curves: the learning curve of each student, by name.
     """
 
     def __init__(self, setup: Setup, students: list[Student]):
@@ -58,9 +60,8 @@ class Group:
         self.step, self.clock = 0, Stopwatch(setup.device)
         self.curves: dict[str, list[Evaluation]] = {name: [] for name in self.methods}
         here = environment(setup.device)
-        self.origins = [
-            {name: here[name] for name in ("commit", "device", "threads")} | {"engine": setup.engine}
-        ]
+        origin = {name: here[name] for name in ("commit", "device", "threads")}
+        self.origins = [origin | {"engine": setup.engine}]
         self._evaluation = EvalLoader(setup.data.evaluation, EVAL_BATCH, device=setup.device)
 
     @property
@@ -70,12 +71,15 @@ class Group:
         return f"{names} | {data.percent:.3g} % of {settings.dataset}, seed {settings.seed}"
 
     def reset_losses(self) -> None:
-        """Begin the sums of a new epoch."""
+        """Set the loss sums to zero. Call this at the start of each epoch."""
         for student in self.students:
             student.loss_sums.zero_()
 
     def evaluate(self, epoch: int, stop: object = False) -> str:
-        """Add a point after `epoch` epochs to every curve that lacks it. Ends early when `stop` becomes true. Returns the news."""
+        """Add the point after `epoch` epochs to every curve that lacks this point.
+
+        Skips the remaining students once `stop` is true. Returns the newest accuracies as text.
+        """
         sample = None
         for student in self.students:
             curve = self.curves[student.name]
@@ -97,54 +101,54 @@ class Group:
             tap: _rounded(values.min(), values.median(), values.max())
             for tap, values in student.method.variances().items()
         }
-        found = student.information(*sample) if sample else {}  # NaN where the teacher's map is constant
-        information = {
-            tap: _rounded(*values) for tap, values in found.items() if all(map(math.isfinite, values))
+        information = student.information(*sample) if sample else {}
+        information = {  # NaN means that the teacher map is constant
+            tap: _rounded(*values) for tap, values in information.items() if all(map(math.isfinite, values))
         }
         return Evaluation(epoch, accuracy, *losses, variances, information)
 
     @torch.no_grad()
     def _sample(self) -> tuple[torch.Tensor, Activations]:
-        """The first images of the evaluation split and what the teacher makes of them, to see what the regressors predict."""
+        """The first evaluation images and the teacher's activations: the input of Student.information."""
         images, _ = next(iter(self._evaluation))
         with autocast(self.setup.device, self.setup.settings.precision):
             return images, self.setup.teacher.to(self.setup.device)(images)
 
     def remove_diverged(self) -> list[tuple[Student, str]]:
-        """Take students whose losses or gradients were NaN or inf out of the group; (student, "epoch 12: transfer loss inf")."""
+        """Remove students whose losses or gradients were NaN or inf.
+
+        Returns each with the reason: (student, "epoch 12: transfer loss inf").
+        """
         found = []
         for student in list(self.students):
             if reason := student.divergence():
                 good = self.step - max(student.failed_steps(), 1)
                 reason = f"epoch {good // self.setup.plan.steps_per_epoch + 1}: {reason}"
-                say(
-                    f"{student.name} diverged in {reason}; "
-                    + ("the others go on" if len(self.students) > 1 else "")
-                )
+                others = "; the other students continue" if len(self.students) > 1 else ""
+                say(f"{student.name} diverged in {reason}{others}")
                 self.students.remove(student)
                 found.append((student, reason))
         return found
 
     def origin(self, name: str) -> object:
-        """Where this group was trained, for its results: the value, or "A, then B" where it changed on the way."""
+        """The commit, device, threads or engine of this group; "A, then B" if it changed during training."""
         values = list(dict.fromkeys(origin[name] for origin in self.origins))
         return values[0] if len(values) == 1 else ", then ".join(map(str, values))
 
     def state(self) -> dict:
-        """Everything that another process needs to go on with the same bits."""
+        """Everything that another process needs to resume with the same bits."""
+        curves = {name: list(map(dataclasses.asdict, curve)) for name, curve in self.curves.items()}
         return {
             "methods": self.methods,
             "step": self.step,
             "seconds": self.clock.seconds,
             "origins": self.origins,
-            "curves": {
-                name: [dataclasses.asdict(point) for point in curve] for name, curve in self.curves.items()
-            },
+            "curves": curves,
             "students": {student.name: student.state() for student in self.students},
         }
 
     def load_state(self, state: dict) -> None:
-        """Go on where `state` was saved. Raises KeyError, TypeError or ValueError when it does not fit these students."""
+        """Resume from `state`. Raises KeyError, TypeError or ValueError if `state` does not fit."""
         for student in self.students:
             student.load_state(state["students"][student.name])
             self.curves[student.name] = [Evaluation(**point) for point in state["curves"][student.name]]
@@ -153,14 +157,13 @@ class Group:
         here, before = self.origins[0], state["origins"][-1]
         self.origins = list(state["origins"])
         changed = [
-            f"{name} was {before[name]} and is {value}"
-            for name, value in here.items()
-            if before[name] != value
+            f"{name} was {before[name]} and is {here[name]}" for name in here if before[name] != here[name]
         ]
         if changed:
             self.origins.append(here)
             say(
-                f"{self.title}: resumes elsewhere, so the bits may differ; its results will say so: {', '.join(changed)}"
+                f"{self.title}: resumes in another environment, so the bits may differ; the results record "
+                f"both: {', '.join(changed)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's own table, and a trace for a viewer."""
+"""Profile of a step: a table of operators and a trace, both from torch.profiler."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastvid.loader import TrainLoader
 from fastvid.step import GroupStep
 
 STEPS = 5
-ROWS = 20  # of the table
+ROWS = 20  # rows of the table
 
 
 def profile(step: GroupStep, batches: TrainLoader, folder: Path) -> str:
-    """Profile a few steps, which leave no trace in the training. Returns the line that says where to look.
+    """Profile a few steps, which do not affect the training. Returns a line that names the written files.
 
-    Writes FOLDER/profile.txt, torch's table of operators (kernels on a GPU), and FOLDER/profile.json, a trace for
-    chrome://tracing or Perfetto.
+    Writes FOLDER/profile.txt, torch's table of operators (kernels on a GPU), and FOLDER/profile.json, a trace
+    for chrome://tracing or Perfetto.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report that it finds no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # hides a warning on machines without a GPU
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else []
-    if not step.mode.captured:  # the host does nothing but launch the graph
+    if not step.mode.captured:  # otherwise the host only launches the graph
         activities.append(ProfilerActivity.CPU)
     with step.clock.part("preparation"), step.rehearsal():
         _run(step, batches, range(2))
@@ -42,10 +42,9 @@ def profile(step: GroupStep, batches: TrainLoader, folder: Path) -> str:
     with tempfile.TemporaryDirectory(prefix=".profile-", dir=folder) as temporary:
         trace = Path(temporary, "profile.json")
         profiler.export_chrome_trace(str(trace))
-        if not trace.is_file():  # on a full disk torch says nothing
-            raise InputError(
-                f"{folder / 'profile.json'}: cannot write the trace: make room there, or leave out --profile"
-            )
+        if not trace.is_file():  # torch reports no error on a full disk
+            target = folder / "profile.json"
+            raise InputError(f"{target}: cannot write the trace: make room there, or leave out --profile")
         write_atomic(folder / "profile.json", trace.read_bytes())
     text = f"{names} on {step.device}, {step.precision}: {STEPS} steps\n{table}\n"
     write_atomic(folder / "profile.txt", text.encode())
@@ -55,6 +54,6 @@ def profile(step: GroupStep, batches: TrainLoader, folder: Path) -> str:
 def _run(step: GroupStep, batches: TrainLoader, numbers: range) -> None:
     for number in numbers:
         with record_function("loader: batch"):
-            images, labels = batches.batch(number, 0)  # the first of an epoch is never a short one
+            images, labels = batches.batch(number, 0)  # the first batch of an epoch is never short
         step(images, labels, 0.0)
     synchronize(step.device)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with images/s and ETA on a terminal, plain lines in a log file."""
+"""Progress of a training: a bar with images/s and ETA on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvid.plan import BatchPlan
 
 
 class Progress:
-    """Progress of a training over `epochs` epochs of `plan`, of which `step` steps were taken by an earlier process."""
+    """Progress of a training over `epochs` epochs of `plan`, of which `step` steps are already done."""
 
     def __init__(self, title: str, plan: BatchPlan, epochs: int, step: int = 0, least_seconds: float = 10.0):
         epoch, number = divmod(step, plan.steps_per_epoch)
@@ -22,20 +22,13 @@ class Progress:
         self._least_seconds, self._text = least_seconds, ""
         self._bar, self._advanced = None, False
         if sys.stderr is not None and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                unit=" images",
-                unit_scale=True,
-                dynamic_ncols=True,
-                smoothing=0.05,
-                leave=False,
-                bar_format="{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}",
-            )
+            style = dict(unit=" images", unit_scale=True, dynamic_ncols=True, smoothing=0.05, leave=False)
+            layout = "{percentage:3.0f} %|{bar}| {rate_fmt}, ETA {remaining}{postfix}"
+            self._bar = tqdm(total=total, initial=done, bar_format=layout, **style)
         self._line("from the start" if done == 0 else f"resumes at {100 * done / total:.0f} %")
 
     def advance(self, images: int) -> None:
-        """So many more are done. The rate counts from the end of the first step, which may have waited for a compiler."""
+        """Count `images` more. The rate ignores the first step, because that step may include compilation."""
         self._done += images
         if not self._advanced:
             self._advanced, self._start, self._first = True, time.monotonic(), self._done
@@ -44,13 +37,12 @@ class Progress:
                 self._bar.initial = self._bar.n = self._bar.last_print_n = self._done
         elif self._bar is not None:
             self._bar.update(images)
-        if (
-            self._bar is None and time.monotonic() - self._last_line >= 6 * self._least_seconds
-        ):  # long epochs, or many between evaluations
+        silent = time.monotonic() - self._last_line
+        if self._bar is None and silent >= 6 * self._least_seconds:  # evaluations can be far apart
             self._state()
 
     def status(self, text: str) -> None:
-        """The newest accuracies: beside the bar, or as a line, at most every `least_seconds`."""
+        """Show the newest accuracies: beside the bar, or as a line at most every `least_seconds`."""
         self._text = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -63,9 +55,8 @@ class Progress:
             parts.append(self._text)
         if self._done > self._first:
             rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
-            parts.append(
-                f"{rate:,.0f} images/s  ETA {tqdm.format_interval((self._total - self._done) / rate)}"
-            )
+            remaining = tqdm.format_interval((self._total - self._done) / rate)
+            parts.append(f"{rate:,.0f} images/s  ETA {remaining}")
         self._line("  ".join(parts))
 
     def __enter__(self) -> Progress:
@@ -81,11 +72,9 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """One line to the person, above the bar if there is one."""
+    """Print one line to stderr, above the bar if there is one."""
     if sys.stderr is None:
         return
-    with contextlib.suppress(
-        OSError
-    ):  # nobody reads on, or the log's disk is full; the training shall not end for that
+    with contextlib.suppress(OSError):  # a closed pipe or a full disk must not stop the training
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()

@@ -1,7 +1,7 @@
 """Signals: the first one lets the training finish its step and save, the second one ends the process at once.
 
-SIGTERM and SIGHUP are treated like SIGINT. Outside of training a signal raises KeyboardInterrupt immediately; every file that
-matters is written whole or not at all.
+SIGTERM and SIGHUP are treated like SIGINT. Outside of training a signal raises KeyboardInterrupt immediately.
+This loses nothing: results, weights and resume states are written atomically.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop:
-    """True after a signal asked the training to stop. number: that signal."""
+    """True after a signal has asked the training to stop. number: the number of that signal."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -37,9 +37,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Yield a Stop that the first signal sets; the second one raises KeyboardInterrupt.
+    """Yield a Stop that the first signal sets; the second signal raises KeyboardInterrupt.
 
-    A signal that is ignored (nohup) stays so. Outside the main thread the Stop is never set.
+    Signals that are already ignored (nohup) stay ignored. Outside the main thread the Stop is never set.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +65,7 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 def raise_on_signal() -> None:
-    """Let SIGTERM and SIGHUP raise Terminated, as SIGINT raises KeyboardInterrupt. A signal that is ignored (nohup) stays so."""
+    """Let SIGTERM and SIGHUP raise Terminated, unless the signal is ignored (nohup)."""
     if threading.current_thread() is threading.main_thread():
         for number in NUMBERS[1:]:
             if signal.getsignal(number) is not signal.SIG_IGN:

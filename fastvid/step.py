@@ -1,11 +1,11 @@
-"""How one step executes: the teacher once, then the forward, losses, backward and update of every student.
+"""Execution of one step: the teacher once, then forward, losses, backward and update of every student.
 
     eager     operator by operator
     compile   torch.compile fuses each student's forward, losses and backward, and the teacher
     graph     the compiled step, captured in one CUDA graph: students on parallel streams, one launch per step
 
-All three run the same few lines, GroupStep._run. Compiling, warming up and capturing leave no trace in the training: the
-tensors that they change are restored, and their seconds are counted apart.
+All three run the same few lines, GroupStep._run. Compilation, warm-up and capture do not affect the training:
+the tensors that they change are restored, and their seconds are counted separately.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from fastvid.stopwatch import Stopwatch
 from fastvid.student import Student
 from fastvid.wresnet import Activations, WideResNet, frozen
 
-LONG = 5000  # steps
-WARM_UP = (
-    3  # steps before a capture: libraries choose algorithms, load kernels and allocate workspaces in them
-)
+LONG = 5000  # steps of a training for which compilation pays off on a CPU
+WARM_UP = 3  # steps before a capture, in which libraries choose algorithms, load kernels, allocate workspaces
 
 
 class Mode(NamedTuple):
@@ -48,10 +46,12 @@ ENGINES = {"eager": Mode(False, False), "compile": Mode(True, False), "graph": M
 
 
 def choose_engine(name: str, device: torch.device, steps: int) -> str:
-    """The engine that --engine `name` means for a training of `steps` steps. Raises InputError where it cannot run.
+    """The engine that --engine `name` means for a training of `steps` steps.
 
-    auto is graph on a GPU. On a CPU it is compile from LONG steps on, if torch.compile works there: convolutions are most of
-    a step and stay in oneDNN, so it takes thousands of steps to win back the minute or two of a first compilation.
+    "auto" is graph on a GPU. On a CPU "auto" is compile for LONG steps or more, if torch.compile works:
+    convolutions dominate a step and stay in oneDNN, so that thousands of steps are needed to regain the one
+    or two minutes of the first compilation.
+    Raises InputError if the engine cannot run on `device`.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -59,7 +59,7 @@ def choose_engine(name: str, device: torch.device, steps: int) -> str:
         return "compile" if steps >= LONG and _compiler_works() else "eager"
     if name == "graph" and device.type != "cuda":
         raise InputError(
-            f"--engine graph captures a CUDA graph, and the device is {device}: take --engine auto"
+            f"--engine graph captures a CUDA graph, but the device is {device}: take --engine auto"
         )
     if name != "eager" and device.type == "cuda" and not find_spec("triton"):
         raise InputError(f"--engine {name} needs Triton on a GPU: pip install triton, or take --engine eager")
@@ -68,7 +68,7 @@ def choose_engine(name: str, device: torch.device, steps: int) -> str:
 
 @cache
 def _compiler_works() -> bool:
-    """Whether torch.compile works on this CPU. It needs more than a compiler, so one addition is compiled: a few seconds."""
+    """Whether torch.compile works on this CPU. Compiles one addition to find out (a few seconds)."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         return False
     try:
@@ -83,9 +83,11 @@ def _compiler_works() -> bool:
 class GroupStep:
     """One step of all students of a group, on the same batch and with one forward pass of their teacher.
 
-    students: a student that is removed from this list takes no further part.  engine: a key of ENGINES, or a Mode.
-    batch_size: only batches of this size are compiled (about a minute each), None compiles every size; the short last batch
-    runs eagerly.  clock: compilation, warm-up and capture count as its part "preparation".
+    students: a student that is removed from this list is no longer trained.
+    engine: a key of ENGINES, or a Mode.
+    batch_size: only batches of this size are compiled (about a minute each); None compiles every size. The
+        short last batch runs eagerly.
+    clock: compilation, warm-up and capture count as its part "preparation".
     """
 
     def __init__(
@@ -105,22 +107,22 @@ class GroupStep:
         self._learning_rate: float | None = None
         self._prepared: dict[tuple, Callable[[Tensor, Tensor], object]] = {}
         if self.mode.captured:
-            self._pool = torch.cuda.graph_pool_handle()  # shared: full and short batches never run at once
+            self._pool = torch.cuda.graph_pool_handle()  # one pool: full and short batches never run at once
         if self.mode.compiled:
-            dynamo = torch._dynamo.config  # the limit counts the variants of all students together
+            dynamo = torch._dynamo.config  # its limit counts the variants of all students together
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._teacher = self._teacher and torch.compile(self._teacher, fullgraph=True, dynamic=False)
             for student in students:
                 student.compile()
 
     def begin_epoch(self, progress: float) -> None:
-        """Called before each epoch, and after a resume, with the share of the training that is done."""
+        """Call this before each epoch and after a resume. progress: share of the training that is done."""
         for student in self.students:
             student.module.train()
             student.method.begin_epoch(progress)
 
     def __call__(self, images: Tensor, labels: Tensor, learning_rate: float) -> None:
-        """images: [B, 3, 32, 32] channels-last.  labels: int64 [B]."""
+        """Take one step.  images: [B, 3, 32, 32] channels-last.  labels: int64 [B]."""
         if learning_rate != self._learning_rate:
             self._learning_rate = learning_rate
             for student in self.students:
@@ -137,10 +139,9 @@ class GroupStep:
     def _run(self, images: Tensor, labels: Tensor) -> None:
         compiled = self.mode.compiled and self.batch_size in (None, len(labels))
         teacher_activations = self._teach(images, self._teacher if compiled else self._eager_teacher)
-        streams = [
-            _stream(self.device, 1 + number) for number in range(len(self.students) * self.mode.captured)
-        ]
-        for student, stream in zip(self.students, streams or [None] * len(self.students)):
+        count = len(self.students)
+        streams = [_stream(self.device, 1 + number) for number in range(count if self.mode.captured else 0)]
+        for student, stream in zip(self.students, streams or [None] * count):
             with _beside(stream):
                 student.step(images, teacher_activations, labels, eager=not compiled)
         for stream in streams:
@@ -154,7 +155,7 @@ class GroupStep:
             return teacher(images.to(DTYPES[self.precision]))
 
     def _prepare(self, images: Tensor, labels: Tensor) -> Callable[[Tensor, Tensor], object]:
-        """Compile, and capture if this engine does, the step for batches of this size."""
+        """Compile the step for batches of this size, and capture the step if the engine captures."""
         with self.rehearsal(), _explain_failed_compilation():
             if self.mode.captured:
                 return _Captured(self._run, images, labels, device=self.device, pool=self._pool)
@@ -163,7 +164,7 @@ class GroupStep:
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """Steps inside this block leave no trace in the training: the tensors that they change are restored."""
+        """Steps inside this block do not affect the training: all tensors that they change are restored."""
         tensors = [tensor for student in self.students for tensor in student.tensors()]
         before = [tensor.detach().clone() for tensor in tensors]
         scalers = [student.scaler.state_dict() for student in self.students]
@@ -178,7 +179,7 @@ class GroupStep:
 
 
 class _Captured:
-    """A function of tensors, recorded once as a CUDA graph and replayed on new contents of the same shapes."""
+    """A function of tensors, captured once as a CUDA graph and replayed on new values of the same shapes."""
 
     def __init__(
         self,
@@ -195,8 +196,8 @@ class _Captured:
             for _ in range(warm_up):
                 function(*self._inputs)
         torch.cuda.synchronize()
-        gc.collect()  # an old graph that is freed during a capture would break it
-        # thread_local: the threads of DALI go on meanwhile
+        gc.collect()  # freeing an old graph during a capture would invalidate the capture
+        # thread_local, because the threads of DALI keep working during the capture
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             function(*self._inputs)
 
@@ -212,19 +213,18 @@ def _explain_failed_compilation() -> Iterator[None]:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"torch.compile failed ({reason}): take --engine eager, or see whether the compiler works"
-        ) from error
+        message = f"torch.compile failed ({reason}): take --engine eager, or check the compiler"
+        raise InputError(message) from error
 
 
 @cache
 def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """The same streams for the whole process: torch has 32 and deals them in turn, so new ones would come to be shared."""
+    """Stream `number`, cached: torch hands out 32 streams in turn, so new streams could coincide."""
     return torch.cuda.Stream(device)
 
 
 def _beside(stream: torch.cuda.Stream | None):
-    """A context whose work runs on `stream`, after the work that the current stream holds now. None: no change."""
+    """A context that works on `stream`, after the work queued on the current stream. None: no change."""
     if stream is None:
         return nullcontext()
     stream.wait_stream(torch.cuda.current_stream())

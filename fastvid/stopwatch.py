@@ -14,9 +14,9 @@ PARTS = ("training", "preparation", "evaluation", "checkpoint")
 
 
 class Stopwatch:
-    """`with clock.part("evaluation"):` counts the block for that part, and pauses the part around the block.
+    """`with clock.part("evaluation"):` adds the block's time to that part, and pauses the enclosing part.
 
-    seconds: wall-clock seconds by part. Work on a GPU is waited for at both ends of a block.
+    seconds: wall-clock seconds by part. Both ends of a block synchronise with the device.
     """
 
     def __init__(self, device: torch.device):

@@ -1,4 +1,4 @@
-"""One student in training: its network, its method, its optimizer, and the running sums of its losses."""
+"""One student in training: network, method, optimizer, and the running sums of the losses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastvid.device import autocast
 from fastvid.methods import Method, Terms, build
 from fastvid.wresnet import Activations, WideResNet
 
-LEAST_SCALE = 2.0**-14  # of the loss in fp16: 30 skipped steps below its first value
+LEAST_SCALE = 2.0**-14  # smallest loss scale in fp16, reached from the first scale after 30 skipped steps
 
 
 class NetworkAndMethod(nn.Module):
-    """Network and method as one module, so that one compilation sees both: `(images, teacher_activations, labels)` -> Terms."""
+    """Network and method as one module for torch.compile: (images, teacher_activations, labels) -> Terms."""
 
     def __init__(self, network: WideResNet, method: Method, device: torch.device, precision: str):
         super().__init__()
@@ -43,7 +43,10 @@ def new_student(
     device: torch.device,
     build_method: Callable[..., Method] = build,
 ) -> Student:
-    """A student with fresh weights. They depend on the seed, those of its regressors also on the method, and not on its group."""
+    """A student with fresh weights, which do not depend on the other students of the group.
+
+    The weights of the network depend on the seed. The weights of the regressors depend on seed and method.
+    """
     (method_name,) = settings.method
     depth, width = settings.student_depth, settings.student_width
     if method_name == "teacher":
@@ -57,9 +60,10 @@ def new_student(
 
 
 class Student:
-    """`step` trains on one batch and never waits for the device. All state changes in place, so captured graphs can be replayed.
+    """One student. `step` trains on one batch and never synchronises.
 
-    From its first step with a loss or gradient of NaN or inf on, a student is frozen: no update changes it any more.
+    All state changes in place, so that captured graphs can be replayed. After the first step with a NaN or
+    inf in a loss or gradient, a student is frozen: no later update changes its weights.
     """
 
     def __init__(
@@ -71,52 +75,41 @@ class Student:
         self.module = NetworkAndMethod(self.network, self.method, device, settings.precision)
         for module in self.module.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.num_batches_tracked = (
-                    None  # used with momentum=None only: saves a kernel per layer and step
-                )
+                module.num_batches_tracked = None  # needed for momentum=None only; saves a kernel per layer
         self._forward = self.module
         self.parameters = list(self.module.parameters())
         undecayed = self.method.undecayed_parameters()
         exempt = {id(parameter) for parameter in undecayed}
-        groups = [
-            {
-                "params": [p for p in self.parameters if id(p) not in exempt],
-                "weight_decay": settings.weight_decay,
-            }
-        ]
+        decayed = [parameter for parameter in self.parameters if id(parameter) not in exempt]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
         if undecayed:
             groups.append({"params": undecayed, "weight_decay": 0.0})
-        self.learning_rate = torch.tensor(settings.learning_rate, device=device)  # a tensor: replays read it
+        self.learning_rate = torch.tensor(settings.learning_rate, device=device)  # captured graphs read this
+        momentum = settings.momentum
         self.optimizer = torch.optim.SGD(
-            groups,
-            lr=self.learning_rate,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            fused=True,
+            groups, lr=self.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True
         )
-        if settings.momentum:
-            # Fused SGD wants all momentum buffers or none, and a two-stage hint gives gradients to some parameters
-            # only. Zeros are bit-identical to a fresh start.
+        if momentum:
+            # Fused SGD requires all momentum buffers or none, and a two-stage hint gives gradients to some
+            # parameters only. Zeros are bit-identical to a fresh start.
             for parameter in self.parameters:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.scaler.scale(torch.zeros((), device=device))  # creates its tensors now
-        self.loss_sums = torch.zeros(
-            2, device=device
-        )  # task and transfer, summed over the images of this epoch
-        self._failed = torch.zeros((), device=device)  # 1 from the first step with NaN or inf on
+        self.loss_sums = torch.zeros(2, device=device)  # task and transfer, summed over images of an epoch
+        self._failed = torch.zeros((), device=device)  # 1 after the first step with NaN or inf
         self._failed_steps, self._one = torch.zeros((), device=device), torch.ones((), device=device)
-        if not self.scaler.is_enabled():  # GradScaler looks for NaN and inf itself and skips the step
+        if not self.scaler.is_enabled():  # an enabled GradScaler detects NaN and inf itself
             self.optimizer.found_inf = self._failed
 
     def compile(self) -> None:
-        """Let torch.compile fuse forward, losses and backward. Each batch size and phase is compiled when it first comes."""
+        """Let torch.compile fuse forward, losses and backward, once for each batch size and phase."""
         self._forward = torch.compile(self.module, fullgraph=True, dynamic=False)
 
     def step(
         self, images: Tensor, teacher_activations: Activations | None, labels: Tensor, eager: bool = False
     ) -> None:
-        """Forward, backward and update. eager: without torch.compile, also after compile()."""
+        """Forward, backward and update. eager: do not use the compiled module, even after compile()."""
         with record_function(f"{self.name}: forward"):
             terms = (self.module if eager else self._forward)(images, teacher_activations, labels)
         self.update(terms, len(labels))
@@ -152,11 +145,11 @@ class Student:
         return task, transfer
 
     def failed_steps(self) -> int:
-        """Number of steps since the first one with NaN or inf, that one included; 0 without one. Synchronises."""
+        """Number of steps from the first step with NaN or inf, inclusive; else 0. Synchronises."""
         return int(self._failed_steps)
 
     def divergence(self) -> str | None:
-        """What was NaN or inf, such as "transfer loss inf"; None for a student that trains on. Synchronises."""
+        """Reason of a divergence, such as "transfer loss inf"; None without divergence. Synchronises."""
         for term, value in zip(("task", "transfer"), self.loss_sums.tolist()):
             if not math.isfinite(value):
                 return f"{term} loss {value}"
@@ -166,9 +159,9 @@ class Student:
 
     @torch.no_grad()
     def information(self, images: Tensor, teacher_activations: Activations) -> dict[str, tuple[float, float]]:
-        """What the regressors predict of these teacher maps: {"vid at stem": (explained variance, nats per element)}.
+        """{"vid at stem": (explained variance, nats per element)} of each regressor, in eval mode.
 
-        Source: methods.base.information. In eval mode. Synchronises.
+        methods.base.information has the equations. Synchronises.
         """
         if not self.method.has_regressors:
             return {}
@@ -184,7 +177,7 @@ class Student:
         return [*named, self.loss_sums, self._failed, self._failed_steps]
 
     def state(self) -> dict:
-        """Everything that another process needs to go on with the same bits."""
+        """Everything that another process needs to resume with the same bits."""
         return {
             **self._named(),
             "scaler": self.scaler.state_dict(),
@@ -193,16 +186,14 @@ class Student:
         }
 
     def load_state(self, state: dict) -> None:
-        """Copy `state` into the tensors of this student. Raises ValueError when names, shapes or dtypes differ."""
+        """Copy `state` into this student. Raises ValueError if names, shapes or dtypes differ."""
         for part, own in self._named().items():
             _copy_into(own, state[part], part)
         _copy_into({"loss_sums": self.loss_sums}, {"loss_sums": state["loss_sums"]}, "state")
         self.set_learning_rate(state["learning_rate"])  # an evaluation may come before the next step
         if self.scaler.is_enabled():
-            changing = {
-                "scale": float(state["scaler"]["scale"]),
-                "_growth_tracker": int(state["scaler"]["_growth_tracker"]),
-            }
+            scale, tracker = (state["scaler"][name] for name in ("scale", "_growth_tracker"))
+            changing = {"scale": float(scale), "_growth_tracker": int(tracker)}
             self.scaler.load_state_dict(self.scaler.state_dict() | changing)
 
     def _named(self) -> dict[str, dict[str, Tensor]]:

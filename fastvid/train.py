@@ -1,7 +1,7 @@
 """Train one group: students of one teacher, one subset and one seed, on the same batches.
 
-The teacher sees each batch once for all students. The headline is the accuracy of the last epoch. Training seconds leave out
-start-up, compilation, evaluation and checkpoints, which are counted beside them.
+The teacher sees each batch once for all students. The reported accuracy is that of the last epoch. Training
+seconds exclude start-up, compilation, evaluation and checkpoints; the last three are counted separately.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ Recorder = Callable[[Group, Student, str], RunResult]
 def train(config: TrainConfig) -> list[RunResult]:
     """Train every method of `config`; each result is also a line of OUT/results.jsonl.
 
-    Runs that are finished in OUT are not repeated, and interrupted ones resume where they stopped, to the same bits on a CPU.
-    A student that diverges leaves the others alone: its result has `diverged` and no accuracy.
-    Raises InputError for what the user can mend, and Interrupted after SIGINT, SIGTERM or SIGHUP, when everything is saved.
+    Finished runs in OUT are not repeated. Interrupted runs resume where they stopped; on a CPU, resuming does
+    not change the bits of the result. A student that diverges does not affect the others: its result has
+    `diverged` and no accuracy.
+    Raises InputError for an error that the user can correct, and Interrupted after SIGINT, SIGTERM or SIGHUP,
+    when everything is saved.
     """
     folder = OutputFolder(config.out)
     with folder.claim(config) as free:
         if not free:
             raise InputError(
-                f"another fastvid is at work in {config.out}: wait for it, or give another --out"
+                f"another process trains this group in {config.out}: wait for it, or give another --out"
             )
         return train_group(config, folder)
 
 
 def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
-    """As train, for a group that the caller has claimed."""
+    """Like train, for a group that the caller has claimed."""
     setup = set_up(config, folder)
     finished = folder.finished(setup)
     for method in config.method:
@@ -62,11 +64,9 @@ def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
             f"{folder.resume_path(setup.settings)} holds the interrupted students {', '.join(begun)}: "
             "give all of them in --method, or delete the file"
         )
-    if not begun:  # a process may have been killed between its last result and the removal
+    if not begun:  # a process may have been killed after its last result and before deleting this file
         folder.resume_path(setup.settings).unlink(missing_ok=True)
-    added = [
-        method for method in waiting if method not in begun
-    ]  # they cannot join a training that has begun
+    added = [method for method in waiting if method not in begun]  # train after `begun`, as a new group
     for methods in filter(None, (begun, added)):
         group = new_group(setup, methods)
         folder.load(group)
@@ -78,7 +78,7 @@ def train_group(config: TrainConfig, folder: OutputFolder) -> list[RunResult]:
 
 
 def set_up(config: TrainConfig, folder: OutputFolder) -> Setup:
-    """Load the data and the teacher, choose device and engine. Raises InputError when they do not fit together."""
+    """Load data and teacher, choose device and engine. Raises InputError if they do not fit together."""
     settings = config.resolved()
     device = choose_device(settings.device)
     tune(device)
@@ -100,10 +100,10 @@ def new_group(setup: Setup, methods: list[str]) -> Group:
 
 
 def fit(group: Group, folder: OutputFolder, record_divergence: Recorder | None = None) -> list[RunResult]:
-    """The protocol: shuffled, augmented batches, SGD at a falling rate, evaluations, until the last step.
+    """Train the group to the last step: shuffled, augmented batches, SGD with a falling rate, evaluations.
 
-    Returns the results of the students that diverged on the way; those that are left in the group reached the end.
-    record_divergence: (group, student, reason) -> result, writes such a result; by default into `folder`.
+    Returns the results of the students that diverged. The students that remain in the group are finished.
+    record_divergence: (group, student, reason) -> result. Writes the result; by default into `folder`.
     """
     record_divergence = record_divergence or folder.record_divergence
     setup, clock, diverged = group.setup, group.clock, []
@@ -137,8 +137,8 @@ def fit(group: Group, folder: OutputFolder, record_divergence: Recorder | None =
                     schedule.saved()
                 if stopping:
                     raise Interrupted(
-                        f"stopped after step {group.step:,} of {total_steps:,}, all is saved in {folder.path}: "
-                        "the same command resumes there",
+                        f"stopped after step {group.step:,} of {total_steps:,}, everything is saved in "
+                        f"{folder.path}: the same command resumes there",
                         stop.number,
                     )
                 if group.step == total_steps:
@@ -153,7 +153,7 @@ def fit(group: Group, folder: OutputFolder, record_divergence: Recorder | None =
 
 
 class SaveSchedule:
-    """When a resume state is due: after minutes, or after epochs, as --checkpoint-every says."""
+    """Decides when the resume state is saved: every few minutes or epochs, as --checkpoint-every says."""
 
     def __init__(self, settings: TrainConfig, steps_per_epoch: int):
         self._seconds, self._epochs = settings.checkpoint_seconds, settings.checkpoint_epochs
@@ -169,20 +169,22 @@ class SaveSchedule:
 
 
 def learning_rate(settings: TrainConfig, progress: float) -> float:
-    """Learning rate at this share of the training: the base rate, times lr_decay for each milestone reached."""
-    return settings.learning_rate * settings.lr_decay ** sum(
-        progress >= milestone for milestone in settings.milestones
-    )
+    """Learning rate at this share of the training: base rate times lr_decay for each milestone reached."""
+    reached = sum(progress >= milestone for milestone in settings.milestones)
+    return settings.learning_rate * settings.lr_decay**reached
 
 
 def is_evaluated(epochs: int, settings: TrainConfig) -> bool:
-    """Whether there is an evaluation after this many epochs. They are evenly spread, and there is one after the last epoch."""
+    """Whether the group is evaluated after this many epochs: at even intervals, and after the last epoch."""
     count = min(settings.evaluations, settings.epochs)
     return epochs > 0 and epochs * count // settings.epochs > (epochs - 1) * count // settings.epochs
 
 
 def load_data(settings: TrainConfig) -> Data:
-    """Raises InputError when the data set is missing or damaged, or the subset smaller than a batch."""
+    """Load the training subset and the images to evaluate on.
+
+    Raises InputError if the data set is missing or damaged, or if the subset is smaller than a batch.
+    """
     whole = datasets.load_once(settings.dataset, settings.data, "train", download=settings.download)
     subset = whole if settings.per_class is None else whole.subset(settings.per_class)
     percent, sha256 = 100 * len(subset) / len(whole), whole.sha256()
@@ -193,37 +195,37 @@ def load_data(settings: TrainConfig) -> Data:
         sha256 = hashlib.sha256(f"{sha256} {evaluation.sha256()}".encode()).hexdigest()
     if settings.per_class and percent == 100:
         raise InputError(
-            f"--per-class {settings.per_class} is the whole training split of {settings.dataset}: leave it out"
+            f"--per-class {settings.per_class} is the whole training split of {settings.dataset}: "
+            "leave out this option"
         )
     if settings.batch_size > len(subset):
         raise InputError(
             f"a batch of {settings.batch_size} is larger than the training subset of {len(subset)} images: "
             f"set --batch-size {len(subset)} or less, or take more images per class"
         )
-    return Data(
-        subset, evaluation, "validation" if settings.validation_per_class else "test", percent, sha256
-    )
+    evaluated_on = "validation" if settings.validation_per_class else "test"
+    return Data(subset, evaluation, evaluated_on, percent, sha256)
 
 
 def load_teacher(settings: TrainConfig, arrays: datasets.Arrays) -> tuple[WideResNet | None, str | None]:
-    """(frozen teacher, SHA-256 of its file), or (None, None) when no method needs one. Raises InputError when it does not fit."""
+    """(frozen teacher, SHA-256 of its file), or (None, None) if no method needs a teacher.
+
+    Raises InputError if the teacher does not fit the settings or the data.
+    """
     if not settings.needs_teacher:
         return None, None
     if settings.teacher is None:
         raise InputError(
-            f"--method {','.join(settings.method)} needs a teacher: add --teacher FILE, or make one with --method teacher"
+            f"--method {','.join(settings.method)} needs a teacher: "
+            "add --teacher FILE, or train a teacher with --method teacher"
         )
     weights = checkpoint.load_weights(settings.teacher)
-    teacher = checkpoint.build_network(
-        weights, settings.teacher_depth, settings.teacher_width, len(arrays.class_names)
-    )
+    names, mean, std = list(arrays.class_names), list(arrays.mean), list(arrays.std)
+    teacher = checkpoint.build_network(weights, settings.teacher_depth, settings.teacher_width, len(names))
     if not weights.verified:
         say(f"{settings.teacher} carries no checksum of fastvid: unverified, its SHA-256 is {weights.sha256}")
-    ours = {
-        "normalisation": {"mean": list(arrays.mean), "std": list(arrays.std)},
-        "classes": list(arrays.class_names),
-    }
-    for name, value in ours.items():  # weights of other programs do not say
+    wanted = {"normalisation": {"mean": mean, "std": std}, "classes": names}
+    for name, value in wanted.items():  # weights of other programs have no metadata
         found = weights.metadata.get(name, value)
         if found != value:
             raise InputError(
@@ -234,7 +236,7 @@ def load_teacher(settings: TrainConfig, arrays: datasets.Arrays) -> tuple[WideRe
 
 
 def _teacher_accuracy(setup: Setup, folder: OutputFolder) -> float | None:
-    """Accuracy of the teacher on the evaluation split: from a result that is here, or measured now, before anything is trained."""
+    """Accuracy of the teacher on the evaluation split: from an earlier result, or measured now."""
     if setup.teacher is None:
         return None
     for result in results.read(folder.path)[0]:
@@ -249,21 +251,22 @@ def _teacher_accuracy(setup: Setup, folder: OutputFolder) -> float | None:
     chance = 100 / len(setup.data.train.class_names)
     if accuracy < 1.5 * chance:
         say(
-            f"warning: the teacher is hardly better than chance ({chance:.3g} %): are its classes in another order, "
-            "or its images normalised otherwise?"
+            f"warning: the teacher is hardly better than chance ({chance:.3g} %): are its classes in another "
+            "order, or its images normalised otherwise?"
         )
     return accuracy
 
 
 def summary(result: RunResult) -> str:
-    """One line about a finished run."""
+    """Return one line about a finished run."""
     text = f"{result.method} | {result.percent:.3g} % of {result.dataset}, seed {result.seed}: "
     if result.diverged:
         return f"{text}diverged in {result.diverged}"
     last = result.history[-1]
     text += (
-        f"{result.accuracy:.2f} % on {result.evaluated_on} after the last epoch (best {result.best_accuracy:.2f}), "
-        f"{result.seconds:,.0f} s of training beside {result.preparation_seconds or 0:,.0f} s of compile and warm-up and "
+        f"{result.accuracy:.2f} % on {result.evaluated_on} after the last epoch "
+        f"(best {result.best_accuracy:.2f}), {result.seconds:,.0f} s of training beside "
+        f"{result.preparation_seconds or 0:,.0f} s of compile and warm-up and "
         f"{result.evaluation_seconds or 0:,.0f} s of evaluation"
     )
     if result.peak_memory:

@@ -1,7 +1,7 @@
-"""Wide ResNets for 32x32 images, with the four taps that distillation looks at.
+"""Wide ResNets for 32x32 images, with the four feature maps that distillation uses (the taps).
 
-Zagoruyko and Komodakis 2016, CIFAR form, pre-activation, no dropout. State-dict names are those of the public checkpoints
-(WideResNet-pytorch, RepDistiller), so these load directly.
+Zagoruyko and Komodakis 2016, CIFAR form, pre-activation, no dropout. State-dict names are those of the
+public checkpoints (WideResNet-pytorch, RepDistiller), so that these load directly.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from fastvid.errors import InputError
 
 
 class Activations(NamedTuple):
-    """What a forward pass leaves.
+    """The output of a forward pass.
 
-    stages: the residual sums after stem and groups 1, 2, 3: [B, 16, 32, 32], [B, 16k, 32, 32], [B, 32k, 16, 16], [B, 64k, 8, 8].
-    activated: the same four after the batch norm and ReLU that follow them anyway.  logits: [B, classes].
+    stages: the residual sums after the stem and groups 1, 2, 3, for width k:
+        [B, 16, 32, 32], [B, 16k, 32, 32], [B, 32k, 16, 16], [B, 64k, 8, 8].
+    activated: the same four maps after the batch norm and ReLU that follow in the network.
+    logits: [B, classes].
     """
 
     stages: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,7 +40,8 @@ def channels(width: int) -> tuple[int, int, int, int]:
 class WideResNet(nn.Module):
     """WRN-depth-width: `WideResNet(16, 1)(images)` -> Activations.
 
-    depth: 6n + 4 with n >= 1.  width: 1 or more.  images: [B, 3, H, W], normalised; 32x32 gives the shapes of Activations.
+    depth: 6n + 4 with n >= 1.  width: 1 or more.
+    images: [B, 3, H, W], normalised; H = W = 32 gives the shapes in Activations.
     Raises InputError for another depth or width.
     """
 
@@ -47,9 +50,7 @@ class WideResNet(nn.Module):
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"no Wide ResNet has depth {depth}: choose 6n + 4, such as 10, 16, 22, 28 or 40")
         if width < 1 or num_classes < 1:
-            raise InputError(
-                f"a Wide ResNet needs a width and a number of classes of 1 or more, got {width} and {num_classes}"
-            )
+            raise InputError(f"width and num_classes must be 1 or more, got {width} and {num_classes}")
         self.depth, self.width, self.num_classes = depth, width, num_classes
         stem, *groups = self.tap_channels = channels(width)
         blocks = (depth - 4) // 6
@@ -67,21 +68,17 @@ class WideResNet(nn.Module):
         group2, group1_activated = self.block2(group1)
         group3, group2_activated = self.block3(group2)
         group3_activated = F.relu(self.bn1(group3), inplace=True)
-        logits = self.fc(
-            F.avg_pool2d(group3_activated, group3_activated.shape[-2:]).flatten(1)
-        )  # not mean(): its gradient is NCHW
-        return Activations(
-            (stem, group1, group2, group3),
-            (stem_activated, group1_activated, group2_activated, group3_activated),
-            logits,
-        )
+        # avg_pool2d, because the gradient of mean() is NCHW
+        logits = self.fc(F.avg_pool2d(group3_activated, group3_activated.shape[-2:]).flatten(1))
+        activated = (stem_activated, group1_activated, group2_activated, group3_activated)
+        return Activations((stem, group1, group2, group3), activated, logits)
 
 
 def frozen(network: WideResNet, dtype: torch.dtype) -> WideResNet:
-    """A copy of `network` for inference, which returns the same Activations up to rounding: eval mode, no gradients, channels-last.
+    """A copy of `network` for inference: eval mode, no gradients, channels-last. Equal up to rounding.
 
-    dtype: of its convolutions and linear layers, and so of the maps. Each batch norm that follows a convolution is folded into it;
-    the others stay in fp32, as their statistics need it.
+    dtype: of the convolutions and linear layers, and therefore of the maps. Each batch norm that follows a
+    convolution is folded into that convolution. The other batch norms stay in fp32: their statistics need it.
     """
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     for group in (copied.block1, copied.block2, copied.block3):
@@ -94,16 +91,13 @@ def frozen(network: WideResNet, dtype: torch.dtype) -> WideResNet:
 
 
 class _Group(nn.Module):
-    """Blocks of one resolution. Returns their residual sum, and the group's input after its first batch norm and ReLU."""
+    """Blocks of one resolution. Returns the residual sum, and the input after the first batch norm + ReLU."""
 
     def __init__(self, blocks: int, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.layer = nn.Sequential(
-            *(
-                _Block(in_channels if i == 0 else out_channels, out_channels, stride if i == 0 else 1)
-                for i in range(blocks)
-            )
-        )
+        first = _Block(in_channels, out_channels, stride)
+        others = (_Block(out_channels, out_channels, 1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, *others = self.layer
@@ -114,8 +108,11 @@ class _Group(nn.Module):
 
 
 class _Block(nn.Module):
-    """a = ReLU(BN1(x)), then Conv2(ReLU(BN2(Conv1(a)))) + shortcut; the shortcut is a 1x1 convolution of a where the width
-    or the resolution changes, else x. The ReLUs overwrite what a batch norm has just written, and nothing else."""
+    """With a = ReLU(BN1(x)), returns Conv2(ReLU(BN2(Conv1(a)))) + shortcut, and a.
+
+    The shortcut is a 1x1 convolution of a if the number of channels changes, else x. The ReLUs work in place,
+    on outputs of a batch norm only.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The last rows of --figures: cases of each point that has no row of its own, and what all of it takes."""
+    """Print the last rows of --figures: the cases of each point without its own row, and the total time."""
     if not config.option.figures:
         return
     seconds, cases = 0.0, Counter()
@@ -151,7 +151,7 @@ def teacher_file():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """Weights of a WRN-10-2, random but for its last layer, which is fitted to digits. Its width tells it from a student."""
+    """File of a WRN-10-2 with random weights and a last layer fitted to digits. Students have width 1."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     torch.manual_seed(1)
     network, arrays = WideResNet(10, 2), datasets.load("digits", "", "train").subset(5)
@@ -183,7 +183,7 @@ class Canary:
 
 @pytest.fixture
 def canary(tmp_path):
-    """An object to pickle into a file that the code under test is given. At the end of the test it is shown to be alive."""
+    """An object to pickle into a file. The end of the test checks that the object does detect unpickling."""
     one, watching = Canary(tmp_path / "code-ran"), True
 
     def hook(event, arguments):  # it cannot be taken away

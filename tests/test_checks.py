@@ -160,7 +160,7 @@ def test_a_module_refuses_an_unknown_implementation_where_it_is_made(name):
 @pytest.mark.parametrize(
     "call, phrase",
     [
-        (lambda: VID(MAP, HIDDEN), r"VIDLoss wants a list .*`student_maps` is float32 \(2, 3, 4, 5\)"),
+        (lambda: VID(MAP, iter([HIDDEN])), "VIDLoss wants a list .*`teacher_maps` is a list_iterator"),
         (lambda: AT([MAP], HIDDEN), r"ATLoss wants a list .*`teacher_maps` is float32 \(2, 6, 4, 5\)"),
         (lambda: AT(iter([MAP]), [HIDDEN]), r"ATLoss wants a list .*`student_maps` is a list_iterator"),
         (lambda: AT([], []), "ATLoss wants one entry per tap in both lists, but `student_maps` has 0"),
@@ -175,9 +175,9 @@ def test_a_module_refuses_an_unknown_implementation_where_it_is_made(name):
         ),
         (
             lambda: HINT(MAP, MAP),
-            r"FitNetLoss was made for 6 channels in `teacher_map`, but .*\(2, 3, 4, 5\)",
+            r"FitNetLoss was made for 6 channels in `teacher_maps\[0\]`, but .*\(2, 3, 4, 5\)",
         ),
-        (lambda: HINT(MAP, HIDDEN[:1]), "FitNetLoss: `teacher_map` .* they must agree in B, H and W"),
+        (lambda: HINT(MAP, HIDDEN[:1]), r"FitNetLoss: `teacher_maps\[0\]` .* they must agree in B, H and W"),
     ],
 )
 def test_a_module_names_the_maps_that_its_caller_gave(call, phrase):
@@ -186,7 +186,7 @@ def test_a_module_names_the_maps_that_its_caller_gave(call, phrase):
 
 
 @pytest.mark.parametrize(
-    "name, phrase", [("VIDLoss", r"`student_maps\[0\]`"), ("FitNetLoss", "`student_map`")]
+    "name, phrase", [("VIDLoss", r"`student_maps\[0\]`"), ("FitNetLoss", r"`student_maps\[0\]`")]
 )
 def test_a_module_needs_channels_last_maps_but_takes_one_channel_in_any_layout(name, phrase):
     def loss(channels, student):

@@ -1,4 +1,4 @@
-"""The command line from outside: what it offers, and one line with the remedy for every error that the user can mend."""
+"""The command line: its options, and one line with the remedy for every error that the user can correct."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from PIL import Image
 from tiny import command, options
 
 import fastvid
-from fastvid import checkpoint, cli, results, signals, train
+from fastvid import checkpoint, cli, datasets, results, signals
 from fastvid.config import OPTION_GROUPS, Grid, TrainConfig
 from fastvid.plan import BatchPlan
 from fastvid.progress import Progress
@@ -30,7 +30,10 @@ ONE_EPOCH = {"epochs": 1, "teacher_width": 1}
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """refused(*argv): the one line on stderr of a command that ends with exit code 2; `train` gets TINY and an output folder."""
+    """refused(*argv): the single line on stderr of a command that ends with exit code 2.
+
+    `train` gets the options of TINY and an output folder.
+    """
 
     def run(name, *more):
         capsys.readouterr()
@@ -66,10 +69,10 @@ def save_network(path, *sizes, change=lambda state: None):
         ("--method student,student", "--method is student,student, wanted one or more methods, each once"),
         (
             "--method vid",
-            "--method vid needs a teacher: add --teacher FILE, or make one with --method teacher",
+            "--method vid needs a teacher: add --teacher FILE, or train a teacher with --method teacher",
         ),
         ("--method vid --teacher no/such.pth", "no weights at no/such.pth: check the path"),
-        ("--vid-variant mine", "--vid-variant: invalid choice: 'mine' (choose from paper, repdistiller"),
+        ("--vid-variant mine", "invalid choice: 'mine' (choose from paper, authors, repdistiller)"),
         ("--dataset mnist", "invalid choice: 'mnist' (choose from cifar10, cifar100, folder, digits)"),
         ("--precision int8", "--precision: invalid choice: 'int8' (choose from fp32, bf16, fp16)"),
         ("--frobnicate", "unrecognized arguments: --frobnicate (see fastvid train --help)"),
@@ -86,7 +89,7 @@ def save_network(path, *sizes, change=lambda state: None):
         ("--fitnet-tap group9", "--fitnet-tap is group9, wanted"),
         ("--fitnet-tap group1,all", "--fitnet-tap is group1,all, wanted"),
         ("--per-class 141", "141 images per class were asked for, but class '0' has 140: take at most 140"),
-        ("--per-class 140", "--per-class 140 is the whole training split of digits: leave it out"),
+        ("--per-class 140", "--per-class 140 is the whole training split of digits: leave out this option"),
         ("--validation-per-class 5", "validation"),
         (
             "--batch-size 41",
@@ -214,8 +217,8 @@ def test_a_wrong_folder_layout_is_told_with_the_right_one(refused, tmp_path, pre
 def test_a_teacher_of_other_sizes_is_named_with_its_own(refused, tmp_path, sizes, found):
     path = save_network(tmp_path / "t.safetensors", *sizes)
     assert (
-        f"{path} holds a {found}, but a WRN-10-1 for 10 was asked for: set --teacher-depth and --teacher-width, "
-        "or take a teacher of this data set"
+        f"{path} holds a {found}, but a WRN-10-1 for 10 was asked for: set --teacher-depth and "
+        "--teacher-width, or take a teacher of this data set"
     ) in refused("train", "--method", "vid", "--teacher", path)
 
 
@@ -225,7 +228,7 @@ def test_missing_and_unexpected_keys_of_a_teacher_are_named(refused, tmp_path):
 
     path = save_network(tmp_path / "t.safetensors", 10, 1, change=rename)
     assert (
-        f"{path} does not fit a WRN-10-1: missing keys bn1.bias; unexpected keys extra; other shapes none: take"
+        f"{path} does not fit a WRN-10-1: missing keys bn1.bias; unexpected keys extra; other shapes none: "
     ) in refused("train", "--method", "kd", "--teacher", path)
 
 
@@ -265,7 +268,7 @@ def test_a_foreign_folder_is_left_alone(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     assert (
-        f"{tmp_path / 'out'} holds files but no results.jsonl, so it is no output folder of fastvid: give --out"
+        f"{tmp_path / 'out'} holds files but no results.jsonl, so it is no output folder of fastvid: "
     ) in refused("train")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
@@ -295,12 +298,12 @@ def finished(tmp_path_factory):
     [
         (
             "--learning-rate 0.05",
-            "learning_rate = 0.1, but now it is 0.05: give the old settings or another --out",
+            "learning_rate = 0.1, but now the value is 0.05: give the old settings or another --out",
         ),
-        ("--epochs 2", "epochs = 1, but now it is 2"),
-        ("--precision bf16", "precision = fp32, but now it is bf16"),
-        ("--kd-alpha 0.5", "kd = {'alpha': 0.9, 'temperature': 4.0}, but now it is {'alpha': 0.5, "),
-        ("--per-class 6 --validation-per-class 2", "validation_per_class = 1, but now it is 2"),
+        ("--epochs 2", "epochs = 1, but now the value is 2"),
+        ("--precision bf16", "precision = fp32, but now the value is bf16"),
+        ("--kd-alpha 0.5", "kd = {'alpha': 0.9, 'temperature': 4.0}, but now the value is {'alpha': 0.5, "),
+        ("--per-class 6 --validation-per-class 2", "validation_per_class = 1, but now the value is 2"),
     ],
 )
 def test_results_of_another_configuration_are_not_mixed_with_this_one(refused, finished, typed, phrase):
@@ -403,7 +406,7 @@ def test_a_missing_package_is_named_with_the_command_that_brings_it(
     image_folder(tmp_path, 10)
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    train.load_split.cache_clear()  # digits of an earlier test
+    datasets._load_once.cache_clear()  # digits of an earlier test
     assert phrase in refused("train", "--data", tmp_path, *typed.split())
 
 

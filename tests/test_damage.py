@@ -1,4 +1,4 @@
-"""Files that were damaged on their way, and files that were made to do harm: none loads silently different, none runs code."""
+"""Damaged files and malicious files: no file loads with other content unnoticed, and no file runs code."""
 
 import dataclasses
 import pickle
@@ -35,9 +35,8 @@ def flat(value):
     if isinstance(value, np.ndarray):
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, dict):
-        return [
-            (key, flat(entry)) for key, entry in sorted(value.items(), key=str)
-        ]  # safetensors keeps no order
+        entries = sorted(value.items(), key=str)  # safetensors does not keep the order
+        return [(key, flat(entry)) for key, entry in entries]
     return [flat(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -100,7 +99,7 @@ def read_cifar(root):
 
 
 def results_file(folder, cifar100_root):
-    """Each line that loads is one of those that were written; for each that does not there is a note, or it was cut off whole."""
+    """Each loaded line is one of the written lines. Each other line has a note, or was cut off completely."""
     for seed in range(4):
         results.append(folder, dataclasses.replace(RESULT, seed=seed, accuracy=60.0 + seed))
     path = folder / results.FILE
@@ -189,7 +188,7 @@ def test_swapped_files_of_a_data_set_are_noticed(cifar100_root):
 
 # --- code
 
-SLOTS = {  # where somebody may hand a user a file: (its place, options of train, whether the run can go on without it)
+SLOTS = {  # file that a user may get from others: (path, options of train, whether training works without it)
     "teacher.pth": ("teacher.pth", ("--method", "kd", "--teacher", "teacher.pth"), False),
     "teacher.pt": ("teacher.pt", ("--method", "kd", "--teacher", "teacher.pt"), False),
     "teacher.safetensors": (
@@ -197,7 +196,7 @@ SLOTS = {  # where somebody may hand a user a file: (its place, options of train
         ("--method", "kd", "--teacher", "teacher.safetensors"),
         False,
     ),
-    "resume": ("out/student-7-seed0.resume", (), False),
+    "resume": ("out/7-seed0.resume", (), False),
     "results": ("out/results.jsonl", (), True),
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
     "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),

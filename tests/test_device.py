@@ -1,4 +1,4 @@
-"""What a run sets up on its device. What concerns a whole process, and would outlast a test, is measured in processes of their own."""
+"""Set-up of the device. Settings that outlast a test (of a whole process) are measured in subprocesses."""
 
 import os
 import platform
@@ -42,7 +42,10 @@ def test_a_weight_that_changes_under_autocast_is_read_anew(device, precision):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """threads(processes, variable): how many this process has after tune, on 12 cores, if it had 7 and torchrun started so many."""
+    """threads(processes, variable): number of threads after tune, on 12 cores, for a process with 7 threads.
+
+    processes: number of processes that torchrun has started.  variable: value of OMP_NUM_THREADS.
+    """
     before = torch.get_num_threads()
 
     def tuned(processes, variable):
@@ -85,7 +88,7 @@ def test_processes_on_one_machine_share_its_cores_unless_the_user_says_how_many_
         pytest.param("meta", "fastvid does not run on 'meta'", id="known-to-torch-only"),
         pytest.param(
             "cuda:99",
-            r"no GPU for --device cuda:99: torch \S+ sees \d+; take --device cpu, or see `fastvid doctor`",
+            r"no GPU for --device cuda:99: torch \S+ sees \d+ GPUs; take --device cpu, or see `fastvid ",
             id="beyond-the-last",
         ),
     ],
@@ -98,7 +101,7 @@ def test_a_device_that_is_not_here_is_refused_with_the_choices(name, phrase):
 def test_asking_for_a_gpu_where_there_is_none_is_refused_and_auto_takes_the_cpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(InputError, match="no GPU for --device cuda: torch .* sees 0"):
+    with pytest.raises(InputError, match="no GPU for --device cuda: torch .* sees 0 GPUs"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == CPU
 

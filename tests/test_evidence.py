@@ -1,4 +1,4 @@
-"""The committed accuracies can be had again: the recorded command, begun anew, gives the first numbers of its lines."""
+"""The committed accuracies are reproducible: the recorded command gives the first numbers of each result."""
 
 import os
 import re
@@ -28,14 +28,8 @@ def test_the_recorded_command_gives_the_first_numbers_of_its_lines(
     (command,) = re.findall(
         rf"^\| `{name}` \| `fastvid ([^`]+)`", (MEASURED / "README.md").read_text(), re.MULTILINE
     )
-    paths = [
-        "--data",
-        str(cifar10_root),
-        "--teacher",
-        str(teacher_file),
-        "--out",
-        str(tmp_path),
-    ]  # of two, the last counts
+    # these options override those in `command`, because the last value of an option counts
+    paths = ["--data", str(cifar10_root), "--teacher", str(teacher_file), "--out", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, "-m", "fastvid", *shlex.split(command), *paths],
         stderr=subprocess.PIPE,

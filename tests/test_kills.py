@@ -1,10 +1,11 @@
-"""Runs that are killed at random moments, started again, killed again: the final weights are those of an undisturbed run.
+"""Runs are killed and restarted repeatedly: the final weights are equal to those of an undisturbed run.
 
     python -m pytest -m "" tests/test_kills.py --long      300 kills instead of a dozen
 
-Each start is a process of its own, forked from a server that has imported everything, so that it takes milliseconds.
-SIGKILL comes after a random time, or where a random file of the output folder is opened, renamed or removed, or when a file
-is written and has not got its name yet. Compiled steps only with --long: each start compiles.
+Each start is a process of its own, forked from a server that has imported everything, so that it takes
+milliseconds. SIGKILL comes after a random time, or where a random file of the output folder is opened,
+renamed or removed, or when a file is written and has not got its name yet. Compiled steps only with --long:
+each start compiles.
 """
 
 import multiprocessing
@@ -48,7 +49,7 @@ def arguments(folder, teacher, name):
 
 
 def work(argv, last_event, events, log):
-    """In a process of its own: run the command; after last_event of these events in its output folder, it is killed."""
+    """Runs the command in its own process, which is killed after `last_event` events in its output folder."""
     sys.stderr = sys.stdout = open(log, "a", buffering=1)
     torch.set_num_threads(1)  # two would wait for each other wherever something else has a core
     if events:
@@ -167,5 +168,8 @@ def test_a_second_process_that_wants_the_same_group_ends_in_one_line(tmp_path, f
         argv = ["train", *options(dataset="digits", out=config.out)]
         second = subprocess.run([sys.executable, "-m", "fastvid", *argv], capture_output=True, text=True)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert f"another fastvid is at work in {config.out}: wait for it, or give another --out" in second.stderr
+    assert (
+        f"another process trains this group in {config.out}: wait for it, or give another --out"
+        in second.stderr
+    )
     figure("second process", f"ends after {time.monotonic() - began:.1f} s")

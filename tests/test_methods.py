@@ -20,8 +20,9 @@ STUDENT = WideResNet(10, 1)  # 16, 16, 32, 64 channels
 TEACHER = WideResNet(10, 2)  # 16, 32, 64, 128
 LABELS = torch.tensor([3, 0, 9, 3])
 
-# fp32 against float64 on the same inputs: a sum of n terms rounded pairwise is off by log2(n)·2^-24, n <= 2^17; some four such sums
-# follow one another (convolution, batch statistics, squares, taps): 4·17·6e-8 = 4e-6 of the value at most.
+# fp32 against float64 on the same inputs. A pairwise sum of n terms has a relative error of log2(n)·2^-24,
+# with n <= 2^17. About four such sums follow one another (convolution, batch statistics, squares, taps): the
+# error is at most 4·17·6e-8 = 4e-6 of the value.
 CLOSE = {"rel": 1e-5}
 
 
@@ -61,8 +62,11 @@ def cross_entropy(student):
 
 
 def softened(student, teacher, temperature):
-    """T² times the divergence. In fp32 each log-probability is off by two roundings of 2^-24; their difference cancels digits, so
-    the tolerance is absolute."""
+    """T² times the KL divergence.
+
+    In fp32, each log-probability has an error of two roundings of 2^-24. Their difference cancels digits, so
+    the tolerance is absolute.
+    """
     of_student, of_teacher = (log_softmax(a.logits.double() / temperature) for a in (student, teacher))
     p_student, p_teacher = np.exp(of_student), np.exp(of_teacher)
     tolerance = temperature**2 * 4 * 2.0**-24 * max(-of_student.min(), -of_teacher.min())
@@ -211,7 +215,8 @@ def test_terms_stay_fp32_under_bf16_autocast_and_close_to_those_in_fp32(name, st
     with torch.autocast("cpu", torch.bfloat16):
         terms = ours(student, teacher, LABELS)
     assert terms.task.dtype == terms.transfer.dtype == torch.float32
-    # bf16 rounds weights, inputs and outputs of up to three convolutions by 2^-9 each; the loss is quadratic in them: 2·9·2^-9
+    # bf16 rounds weights, inputs and outputs of up to three convolutions by 2^-9 each, and the loss is
+    # quadratic in them: 2·9·2^-9
     assert terms.transfer.item() == pytest.approx(exact.transfer.item(), rel=18 * 2**-9)
 
 

@@ -11,7 +11,7 @@ from fastvid import checkpoint, cli, results
 from fastvid.profiling import STEPS as PROFILED
 
 REHEARSED = 2 + PROFILED
-# Vid's weight is so large that fp16 overflows, and its loss scale falls, in the first steps: also in profiled ones.
+# The weight of VID is so large that fp16 overflows in the first (profiled) steps: the loss scale falls.
 FP16 = pytest.param(
     {"precision": "fp16", "vid_weight": 100}, id="fp16-that-overflows", marks=pytest.mark.slow
 )
@@ -25,7 +25,7 @@ PARTS = [
 
 @pytest.fixture
 def train(tmp_path, teacher):
-    """train("a", seed=1): `fastvid train ... --seed 1`, into tmp_path/a; returns its exit code and its results."""
+    """train("a", seed=1): runs `fastvid train --seed 1` into tmp_path/a. Returns exit code and results."""
 
     def run(out, *more, **settings):
         argv = command(tmp_path / out, "student", "vid", teacher=teacher, **settings)

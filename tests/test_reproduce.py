@@ -93,7 +93,7 @@ def test_an_interrupted_grid_resumes_where_it_stopped_and_ends_with_the_same_res
         assert reproduce(tmp_path / "broken", **grid) == 130
     message = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"fastvid: stopped after step 1 of 1, all is saved in .*: the same .* resumes there", message
+        r"fastvid: stopped after step 1 of 1, everything is saved in .*: the same .* resumes there", message
     )
     assert [run.per_class for run in results.read(tmp_path / "broken")[0]] == [14, 14]
     assert reproduce(tmp_path / "broken", **grid) == 0
@@ -203,7 +203,7 @@ def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teach
     path.write_bytes(b"".join(others))
     steps.clear()
     assert reproduce(out, fractions="10", seeds=2) == 0
-    assert "it is the teacher of the results here, although its own result line" in capsys.readouterr().err
+    assert "the teacher of the results here, although its result line" in capsys.readouterr().err
     assert steps == [["student", "vid"]] * 2
     Path(out, "teacher-full-seed0.safetensors").unlink()
     assert reproduce(out, fractions="10", seeds=3) == 2

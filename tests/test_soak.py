@@ -61,7 +61,7 @@ def test_memory_files_and_threads_stay_as_they_are(cifar10_root, teacher_file, t
     assert len(set(threads)) == 1
     assert files.max() - np.median(files) <= 4, "a save opens a file and the folder, and closes them"
     assert np.median(files[: len(files) // 4]) == np.median(files[-(len(files) // 4) :])
-    # A leak grows in every quarter; malloc grows now and then, when it finds no hole for an activation of 8 MiB.
+    # A leak grows in every quarter. malloc grows only when there is no free block for an activation of 8 MiB.
     assert slope < 1 if long else min(np.diff(quarters)) < 2, f"{slope:.2f} MiB/h, quarters {quarters}"
     state = checkpoint.load_state(resume)
     saving = state["seconds"]["checkpoint"] / (state["seconds"]["checkpoint"] + state["seconds"]["training"])
@@ -69,7 +69,8 @@ def test_memory_files_and_threads_stay_as_they_are(cifar10_root, teacher_file, t
     figure("cost of checkpoints", f"{saving:.2%} of that training, with --checkpoint-every {every}")
     figure(
         "soak",
-        f"{seconds} s after a warm-up of {warm_up} s, {state['step']:,} steps: resident memory {slope:+.2f} MiB/h "
+        f"{seconds} s after a warm-up of {warm_up} s, {state['step']:,} steps: "
+        f"resident memory {slope:+.2f} MiB/h "
         f"({quarters[0]:.1f} to {quarters[-1]:.1f} MiB by quarters), {threads[0]:.0f} threads, "
         f"{np.median(files):.0f} files throughout",
     )

@@ -53,7 +53,7 @@ def batch(count=4):
 
 
 def first_step(teacher, one, precision, learning_rate):
-    """Repeated while fp16 skips it: the loss scale starts too high for gradients of variances that start low."""
+    """One step, repeated while fp16 skips the step: the first loss scale is too high for low variances."""
     step, scale = GroupStep(teacher, [one], CPU, precision), None
     while scale != one.scaler.get_scale():
         scale = one.scaler.get_scale()
@@ -75,9 +75,8 @@ def test_clip_norm_bounds_the_update_of_student_and_regressors_together(precisio
         first_step(teacher.eval(), one, precision, 1.0)
         norms[limit] = float((flat(one.parameters) - before).norm())
     assert norms[0.0] > 0.1
-    assert norms[0.01] == pytest.approx(
-        0.01, rel=1e-2
-    )  # clip_grad_norm_ adds 1e-6 to the norm, and fp32 weights round the update
+    # clip_grad_norm_ adds 1e-6 to the norm, and fp32 weights round the update
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_a_norm_below_the_limit_is_left_alone():
@@ -188,9 +187,7 @@ def test_a_student_with_the_state_of_another_resumes_with_the_same_bits(method):
     first, second = student(method, teacher, precision="fp16"), student(method, teacher, precision="fp16")
     step = GroupStep(teacher, [first], CPU, "fp16")
     step(*batch(), 0.1)
-    second.load_state(
-        copy.deepcopy(first.state())
-    )  # as a file would give it: the momentum is shared otherwise
+    second.load_state(copy.deepcopy(first.state()))  # a copy, because state() shares the momentum
     step(*batch(), 0.02)
     GroupStep(teacher, [second], CPU, "fp16")(*batch(), 0.02)
     assert torch.equal(flat(first.parameters), flat(second.parameters)) and first.losses(8) == second.losses(
@@ -223,7 +220,7 @@ METHODS = ("student", "kd", "fitnet", "at", "vid")
 def trained(
     engine, precision, device, methods=METHODS, sizes=(16, 16, 8, 16, 8), dtype=torch.float32, **settings
 ):
-    """How far each student of a group, with its regressors, has moved after batches of these sizes; and the group's step.
+    """Change of the weights of each student and its regressors after batches of these sizes; the GroupStep.
 
     dtype: of weights, and of images.
     """
@@ -262,10 +259,11 @@ def exact(monkeypatch):
 
 
 def close_enough(moves, eager, exact):
-    """Whether a training is as near to the one in float64 as the eager one is, up to a factor, all students together.
+    """Whether a training is as close to float64 as the eager training, up to a factor, over all students.
 
-    Fused code rounds elsewhere, not worse. But it is another draw of the same rounding errors, and where one flips the sign of an input of
-    a ReLU its effect jumps: hence all students together, and a factor of 3. A wrong gradient makes a distance of the order of 1.
+    Fused code rounds at other places, but not worse. Its rounding errors are another random draw, and an
+    error that flips the sign of an input of a ReLU has a large effect: hence all students together, and a
+    factor of 3. A wrong gradient makes a distance of the order of 1.
     """
     moved, other, true = map(torch.cat, (moves, eager, exact))
     return (moved - true).norm() <= 3 * (other - true).norm() < 0.5 * true.norm()
@@ -276,15 +274,16 @@ def test_a_compiled_step_trains_as_the_eager_one_and_its_compilation_leaves_no_t
     settings = {"methods": ("vid",), "sizes": (8, 4, 8)}
     (eager,), _ = exact("cpu", **settings)
     (compiled,), step = exact("cpu", "compile", **settings)
-    # What differs is fp32 in cross entropy, 2^-24, and five sums over the images: with a margin of ten, and far from any flipped ReLU.
+    # The differences are fp32 in the cross entropy, 2^-24, and five sums over the images, with a margin of
+    # ten. No ReLU flips.
     assert (compiled - eager).norm() < 1e-5 * eager.norm()
     assert step.clock.seconds["preparation"] > 0
     losses = step.students[0].losses(20)
     before, spent = step.students[0].state(), step.clock.seconds["preparation"]
     (again,), other = exact("cpu", "compile", **settings)  # a second group is not compiled anew
-    assert torch.equal(compiled, again) and other.learners[0].losses(20) == losses
+    assert torch.equal(compiled, again) and other.students[0].losses(20) == losses
     assert (
-        other.clock.seconds["preparation"] < spent / 2 and before.keys() == other.learners[0].state().keys()
+        other.clock.seconds["preparation"] < spent / 2 and before.keys() == other.students[0].state().keys()
     )
 
 
@@ -357,7 +356,7 @@ def test_a_compiler_that_does_not_compile_is_noticed_before_the_training(capsys)
 
 
 def test_a_graph_without_a_gpu_is_refused_with_the_remedy():
-    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, and the device is cpu: take"):
+    with pytest.raises(InputError, match="--engine graph captures a CUDA graph, but the device is cpu: take"):
         choose_engine("graph", CPU, 1)
 
 
@@ -399,9 +398,8 @@ def test_the_phases_of_a_two_stage_hint_have_graphs_of_their_own(gpu, exact):
     settings = {"methods": ("fitnet",), "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.4)}
     eager, _ = trained("eager", "fp32", gpu, **settings)
     captured, step = trained("graph", "fp32", gpu, **settings)
-    assert (
-        close_enough(captured, eager, exact("cpu", **settings)[0]) and len(step._prepared) == 3
-    )  # the hint: 16; then 8 and 16
+    assert close_enough(captured, eager, exact("cpu", **settings)[0])
+    assert len(step._prepared) == 3  # batches of 16 in the hint phase, then of 8 and 16
 
 
 @pytest.mark.gpu

@@ -134,7 +134,8 @@ def test_loss_functions_have_the_fixed_signature_and_a_reference_without_impl(na
         ("train.train", "(config)"),
         (
             "VIDLoss",
-            "(student_channels, teacher_channels, *, variant='paper', factor=1.0, learning_rate=0.1, impl='auto')",
+            "(student_channels, teacher_channels, *, variant='paper', "
+            "factor=1.0, learning_rate=0.1, impl='auto')",
         ),
         ("ATLoss", "(*, factor=1.0, impl='auto')"),
         ("KDLoss", "(temperature=4.0, *, factor=1.0, impl='auto')"),
@@ -194,10 +195,8 @@ def test_distribution_has_its_name_extras_command_and_version():
 def test_a_wheel_holds_every_module_and_the_marker_of_types(tmp_path):
     found = [path for pattern in ("fastvid/**/*", "kernels/*") for path in ROOT.glob(pattern)]
     sources_and_data = [path for path in found if path.is_file() and path.suffix not in (".pyc", ".md")]
-    for path in (
-        *sources_and_data,
-        *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")),
-    ):  # no build/ is left here
+    others = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+    for path in [*sources_and_data, *others]:  # builds from a copy, so that no build/ is left in the checkout
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

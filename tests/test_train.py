@@ -145,7 +145,8 @@ def test_an_interrupted_group_resumes_to_the_same_bits(tiny, after):
     settings = {"epochs": 4, "evaluations": 2, "fitnet": FitNetOptions(schedule="two-stage", hint_share=0.5)}
     whole, config = train(tiny("whole", *methods, **settings)), tiny("broken", *methods, **settings)
     assert interrupt(config, after) == (
-        f"stopped after step {after} of {4 * STEPS}, all is saved in {config.out}: the same command resumes there"
+        f"stopped after step {after} of {4 * STEPS}, everything is saved in {config.out}: "
+        "the same command resumes there"
     )
     assert files_in(config) == [RESUME, "results.jsonl"]
     assert all(map(same, train(config), whole))
@@ -201,12 +202,12 @@ def test_a_resume_file_that_a_kill_left_behind_after_the_last_result_is_removed(
     [
         pytest.param(
             {"learning_rate": 0.05},
-            "was made with learning_rate = 0.1, but now it is 0.05: give the old settings, another --out",
+            "was made with learning_rate = 0.1, but now the value is 0.05: give the old settings, another ",
             id="setting",
         ),
         pytest.param(
             {"vid": VIDOptions(weight=2.0)},
-            "was made with vid = .*, but now it is .*2.0",
+            "was made with vid = .*, but now the value is .*2.0",
             id="setting-of-a-method",
         ),
         pytest.param({"teacher": "another"}, "was made with another teacher: give the old", id="teacher"),
@@ -285,7 +286,9 @@ def test_lost_or_changed_weights_of_a_finished_run_are_told(harm, said, tiny, ca
     (run,) = train(config)
     harm(Path(config.out, run.weights))
     assert train(config) == [run]
-    told = rf"{run.weights} (is|has) {said}: the result stands; to train it again, take its line out of results.jsonl"
+    told = (
+        rf"{run.weights} (is|has) {said}: the result stands; to train it again, take its line out of results"
+    )
     assert re.search(told, capsys.readouterr().err)
 
 
@@ -306,15 +309,18 @@ def test_a_state_of_another_version_is_refused_and_one_of_another_commit_or_mach
     interrupt(config, after=1)
     path, state = Path(config.out, RESUME), state_of(config)
     checkpoint.save_state(path, state | {"versions": state["versions"] | {"torch": "2.9.0"}})
-    with pytest.raises(InputError, match="torch = 2.9.0, but now it is .*: install that version again"):
+    with pytest.raises(
+        InputError, match="torch = 2.9.0, but now the value is .*: install that version again"
+    ):
         train(config)
     (origin,) = state["origins"]
     elsewhere = origin | {"commit": "0123abc", "device": "NVIDIA H100", "engine": "graph"}
     checkpoint.save_state(path, state | {"origins": [elsewhere]})
     (run,) = train(config)
     assert (
-        f"resumes elsewhere, so the bits may differ; its results will say so: commit was 0123abc and is "
-        f"{origin['commit']}, device was NVIDIA H100 and is {origin['device']}, engine was graph and is eager"
+        "resumes in another environment, so the bits may differ; the results record both: "
+        f"commit was 0123abc and is {origin['commit']}, device was NVIDIA H100 and is {origin['device']}, "
+        "engine was graph and is eager"
     ) in capsys.readouterr().err
     assert run.environment["engine"] == "graph, then eager"
     assert run.environment["commit"] == f"0123abc, then {origin['commit']}"
@@ -335,7 +341,9 @@ def test_a_group_that_another_process_trains_is_refused_and_another_group_in_the
     config = tiny("a", "student")
     with OutputFolder(config.out).claim(config) as free:
         assert free
-        with pytest.raises(InputError, match=f"another fastvid is at work in {config.out}: wait for it"):
+        with pytest.raises(
+            InputError, match=f"another process trains this group in {config.out}: wait for it"
+        ):
             train(tiny("a", "kd"))
         train(tiny("a", "student", seed=1))
 
@@ -360,7 +368,9 @@ def test_the_command_stops_on_a_signal_says_how_to_resume_and_does(tiny, number)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 128 + number
-    message = rf"fastvid: stopped after step (\d+) of 120, all is saved in {config.out}: the same command resumes there"
+    message = (
+        rf"fastvid: stopped after step (\d+) of 120, everything is saved in {config.out}: the same command .*"
+    )
     assert STEPS <= int(re.fullmatch(message, errors[-1])[1]) < 120
     assert "Traceback" not in "".join(errors) and results.read(Path(config.out)) == ([], [])
     assert cli.main(argv) == 0 and not resume.exists()
@@ -432,7 +442,7 @@ def test_a_student_that_diverges_costs_its_own_result_only(tiny, capsys, precisi
     assert lost.diverged == "epoch 1: transfer loss inf" and lost.steps == STEPS
     assert lost.accuracy is lost.best_accuracy is None and lost.history == [] and lost.weights == ""
     said = capsys.readouterr().err
-    assert "\nfitnet diverged in epoch 1: transfer loss inf; the others go on\n" in said
+    assert "\nfitnet diverged in epoch 1: transfer loss inf; the other students continue\n" in said
     assert files_in(config) == ["results.jsonl", "student-5-seed0.safetensors", "vid-5-seed0.safetensors"]
     assert {run.method: run for run in results.read(Path(config.out))[0]} == {
         run.method: run for run in (student, lost, vid)
@@ -640,7 +650,7 @@ def test_the_same_run_in_another_folder_writes_the_same_file(tiny):
 def test_settings_that_finished_runs_did_not_use_do_not_separate_results(tiny):
     train(tiny("a", "student", teacher_width=3))
     train(tiny("a", "vid", vid=VIDOptions(weight=3.0)))
-    with pytest.raises(InputError, match="was made with vid = .*3.0.* but now it is .*4.0"):
+    with pytest.raises(InputError, match="was made with vid = .*3.0.* but now the value is .*4.0"):
         train(tiny("a", "vid", vid=VIDOptions(weight=4.0), seed=1))
 
 

@@ -12,7 +12,7 @@ from fastvid.wresnet import WideResNet, channels, frozen
 
 
 def network(depth=10, width=2, *, train=False, num_classes=10):
-    """In float64, with batch norms away from their neutral start, so that a wrong order or a forgotten factor shows."""
+    """A network in float64, with batch norms that are not neutral, so that a wrong order or factor shows."""
     torch.manual_seed(0)
     net = WideResNet(depth, width, num_classes).double()
     for module in net.modules():
@@ -38,9 +38,8 @@ def flat(activations):
 
 class InNumpy:
     def __init__(self, net):
-        self.weights = {
-            name: value.detach().numpy().copy() for name, value in net.state_dict().items()
-        }  # before BN updates them
+        state = net.state_dict()  # copied, because batch norms update their statistics
+        self.weights = {name: value.detach().numpy().copy() for name, value in state.items()}
         self.training, self.blocks = net.training, (net.depth - 4) // 6
 
     def conv(self, x, name, stride=1):
@@ -84,8 +83,12 @@ class InNumpy:
 
 
 def assert_close(ours, expected):
-    """An inner product of n terms is off by at most n·2^-53·Σ|terms|; n <= 9·128 here, and five layers in a row: 1e-12 of the largest
-    value. Batch norm over few pixels may enlarge that by 1/sqrt(variance): 1e-10."""
+    """Compares with a tolerance of 1e-10 of the largest value.
+
+    An inner product of n terms has an error of at most n·2^-53·Σ|terms|. With n <= 9·128 and five layers in a
+    row, the error is 1e-12 of the largest value. Batch norm over few pixels can multiply this by
+    1/sqrt(variance).
+    """
     assert ours.shape == expected.shape
     assert np.abs(ours.detach().numpy() - expected).max() <= 1e-10 * np.abs(expected).max()
 
@@ -172,7 +175,8 @@ def test_the_gradient_through_all_outputs_at_once_is_the_slope_of_their_sum():
     slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
     with torch.no_grad():
         measured = (total(1e-6) - total(-1e-6)) / 2e-6
-    # central difference: rounding 1e-16·|total|/1e-6, plus the few ReLUs that switch inside the step, each of slope times 1e-6
+    # error of the central difference: rounding of 1e-16·|total|/1e-6, plus the few ReLUs that switch inside
+    # the step, each with slope times 1e-6
     assert abs(measured - slope) <= 1e-4 * abs(slope)
 
 
@@ -231,9 +235,7 @@ def test_state_dict_names_are_those_of_the_public_checkpoints():
 
 
 def test_convolutions_start_with_the_variance_of_he_et_al_over_fan_out():
-    weight = (
-        WideResNet(16, 4).block3.layer[0].conv1.weight
-    )  # 128 -> 256 channels, so that fan-in is another number
+    weight = WideResNet(16, 4).block3.layer[0].conv1.weight  # 128 -> 256 channels: fan-in is not fan-out
     # 128·256·9 draws: one standard deviation of the sample variance is sqrt(2/n) = 0.26 %
     assert weight.var().item() == pytest.approx(2 / (9 * 256), rel=0.01)
 

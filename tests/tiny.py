@@ -1,4 +1,4 @@
-"""The smallest training that has everything: 40 digits, 3 steps per epoch, the last with a short batch of 8, 10 images to evaluate on."""
+"""The smallest training with all parts: 40 digits, 3 steps per epoch, short last batch, 10 test images."""
 
 import itertools
 import signal

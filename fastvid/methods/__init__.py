@@ -1,4 +1,7 @@
-"""The transfer terms by name. A new one is a file with its class, its options in TrainConfig, and one line here."""
+"""The transfer terms by name.
+
+A new transfer term needs a file with its class, its options in TrainConfig, and one line here.
+"""
 
 from fastvid.config import TrainConfig, method_parts
 from fastvid.methods.at import AttentionTransfer
@@ -19,7 +22,6 @@ METHODS: dict[str, type[Transfer]] = {
 
 
 def build(name: str, config: TrainConfig, student: WideResNet, teacher: WideResNet | None) -> Method:
-    """The method `name` (student, teacher, a key of METHODS, or a sum such as kd+vid) between two networks."""
-    return Method(
-        {part: METHODS[part](getattr(config, part), student, teacher) for part in method_parts(name)}
-    )
+    """The method `name`: student, teacher, a key of METHODS, or a sum such as kd+vid. Raises InputError."""
+    parts = method_parts(name)
+    return Method({part: METHODS[part](getattr(config, part), student, teacher) for part in parts})

@@ -1,4 +1,7 @@
-"""Attention transfer (Zagoruyko and Komodakis, ICLR 2017): CE + β·Σ over the residual sums of groups 1, 2, 3."""
+"""Attention transfer (AT; Zagoruyko and Komodakis, ICLR 2017): CE + β·Σ over groups 1, 2, 3 of the AT loss.
+
+The attention maps are those of the residual sums at the end of each group.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
 class ATLoss(nn.Module):
-    """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps; channels may differ.
+    """Sum over pairs of maps [B, C, H, W] of the mean squared difference of their attention maps.
 
-    factor, impl: as in fastvid.kernels.attention_transfer.
+    The two maps of a pair may differ in C.  factor, impl: as in fastvid.kernels.attention_transfer.
     """
 
     def __init__(self, *, factor: float = 1.0, impl: str = "auto"):
@@ -38,7 +41,7 @@ class ATLoss(nn.Module):
 
 
 class AttentionTransfer(Transfer):
-    """β · ATLoss of the three groups."""
+    """β · ATLoss of groups 1, 2, 3."""
 
     title, colour = "AT", "#E69F00"
 

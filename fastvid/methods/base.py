@@ -15,7 +15,7 @@ from fastvid.wresnet import Activations
 
 
 class Terms(NamedTuple):
-    """The two parts of a training loss, scalars: from the labels, and from the teacher (0 without one)."""
+    """The two scalar parts of a training loss: from the labels, and from the teacher (0 without teacher)."""
 
     task: Tensor
     transfer: Tensor
@@ -27,7 +27,7 @@ def as_taps(value):
 
 
 def in_layout_of(student_map: Tensor, output: Tensor) -> Tensor:
-    """The output of a regressor, channels-last where its input is. A single channel alone would leave the layout open."""
+    """The output of a regressor, channels-last like the input: with one channel, the layout is ambiguous."""
     if student_map.is_contiguous(memory_format=torch.channels_last):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
@@ -38,11 +38,13 @@ CLIP_RATIO = 0.3
 
 @torch.no_grad()
 def clip_to_weights(module: nn.Module, ratio: float = CLIP_RATIO) -> None:
-    """Scale the gradient of each parameter of `module` down to at most `ratio` times the norm of that parameter.
+    """Clip the gradient norm of each parameter of `module` to `ratio` times the norm of that parameter.
 
-    Adaptive gradient clipping per tensor (Brock et al. 2021): with a learning rate η and momentum m no parameter changes by
-    more than ratio·η/(1 - m) of its norm in a step, however large the loss is. Ordinary steps are far below the limit.
-    Call it between backward() and the optimizer's step, in fp16 after `scaler.unscale_(optimizer)`. Does not synchronise.
+    This is adaptive gradient clipping per tensor (Brock et al. 2021). With a learning rate η and momentum m,
+    no step changes a parameter by more than ratio·η/(1 - m) of its norm, however large the loss is. Ordinary
+    steps are far below the limit.
+    Call this function between backward() and the optimizer's step, and in fp16 after
+    `scaler.unscale_(optimizer)`. Does not synchronise.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     if not parameters:
@@ -54,21 +56,21 @@ def clip_to_weights(module: nn.Module, ratio: float = CLIP_RATIO) -> None:
 
 
 class Transfer(nn.Module):
-    """One weighted transfer term: `transfer(student, teacher)` -> {tap: its part of the loss, a scalar}.
+    """One weighted transfer term: `transfer(student, teacher)` -> {tap: scalar loss at this tap}.
 
-    A subclass is built from (options, student, teacher): its options of TrainConfig and the two networks, of which it reads
-    `tap_channels`. It owns its regressors and registers every parameter.
+    A subclass is built from (options, student, teacher): its options in TrainConfig and the two networks, of
+    which the subclass reads `tap_channels`. The subclass owns its regressors and registers every parameter.
     """
 
     title, colour = "", ""
-    """Name and colour in tables and plots. Without a title it is the method's name in capitals."""
+    """Title and colour in tables and plots. An empty title means the name of the term in capitals."""
 
     task_weight = 1.0
     """Factor on the cross entropy while this term is part of the loss."""
     alone = False
-    """Whether this term is the whole loss now: no cross entropy and no other term, so layers that only they train are frozen."""
+    """Whether this term is the whole loss at present. Layers that only other terms train are then frozen."""
     over = False
-    """Whether this term has left the loss."""
+    """Whether this term is no longer part of the loss."""
     has_regressors = False
     """Whether `predictions` returns something, and `loss.clip_gradients` exists."""
 
@@ -82,20 +84,20 @@ class Transfer(nn.Module):
         """Called whenever the learning rate changes."""
 
     def predictions(self, student: Activations, teacher: Activations) -> dict[str, tuple[Tensor, Tensor]]:
-        """{tap: (prediction of the teacher map, teacher map)} of every regressor; {} for terms without."""
+        """{tap: (prediction of the teacher map, teacher map)} of every regressor; {} without regressors."""
         return {}
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Parameters that weight decay must leave alone."""
+        """Parameters without weight decay."""
         return []
 
     def variances(self) -> dict[str, Tensor]:
-        """Learned variances per tap, [C] each; empty for methods without."""
+        """Learned variances per tap, [C] each; {} without learned variances."""
         return {}
 
 
 class Method(nn.Module):
-    """Cross entropy plus any number of transfer terms: `method(student, teacher_activations, labels)` -> Terms."""
+    """Cross entropy plus any number of transfer terms: (student, teacher_activations, labels) -> Terms."""
 
     def __init__(self, transfers: dict[str, Transfer]):
         super().__init__()
@@ -104,7 +106,7 @@ class Method(nn.Module):
     def forward(self, student: Activations, teacher: Activations | None, labels: Tensor) -> Terms:
         terms = [term for term in self.transfers.values() if not term.over]
         alone = [term for term in terms if term.alone]
-        if alone:  # without a gradient there is no weight decay either
+        if alone:  # a constant: layers without a gradient get no weight decay, so they are frozen
             task = labels.new_zeros((), dtype=torch.float32)
         else:
             task = F.cross_entropy(student.logits.float(), labels)
@@ -123,12 +125,12 @@ class Method(nn.Module):
 
     @property
     def title(self) -> str:
-        """Name in tables and plots, such as KD+VID; "" without transfer terms."""
+        """Title in tables and plots, such as KD+VID; "" without transfer terms."""
         return "+".join(term.title or name.upper() for name, term in self.transfers.items())
 
     @property
     def colour(self) -> str:
-        """Colour in plots; "" for a sum of terms, which takes the next free one."""
+        """Colour in plots; "" for a sum of terms, which gets the next free colour."""
         return next(iter(self.transfers.values())).colour if len(self.transfers) == 1 else ""
 
     @property
@@ -142,7 +144,7 @@ class Method(nn.Module):
                 term.loss.clip_gradients()
 
     def phase(self) -> tuple[tuple[bool, bool], ...]:
-        """What begin_epoch has changed: equal phases compute the same."""
+        """The flags that begin_epoch changes. Steps in equal phases compute the same function."""
         return tuple((term.alone, term.over) for term in self.transfers.values())
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
@@ -161,12 +163,15 @@ class Method(nn.Module):
 
 
 def information(prediction: Tensor, target: Tensor) -> tuple[float, float]:
-    """How much a prediction tells about its target, both [B, C, H, W]: (explained variance, nats per element).
+    """Information of a prediction about its target: (explained variance, nats per element).
 
-        1 - Σ_c S_c / Σ_c M·Var_c      and      mean over c of ½·log(Var_c / (S_c / M)),     S_c = Σ_m (prediction - target)²
+        explained variance   1 - Σ_c S_c / Σ_c M·Var_c,   S_c = Σ_m (prediction - target)²
+        nats per element     mean over c of ½·log(Var_c / (S_c / M))
 
-    The second is the lower bound of the mutual information that VID maximises (Ahn et al., CVPR 2019), at the best Gaussian of
-    each channel. Both are 0 for the best constant and negative for anything worse. A channel of constants is left out.
+    prediction, target: [B, C, H, W].
+    The nats are the lower bound of the mutual information that VID maximises (Ahn et al., CVPR 2019), for the
+    best variance of each channel. Both numbers are 0 for the best constant prediction, and negative for a
+    worse prediction. Channels with a constant target are ignored.
     """
     residual = (prediction - target).square().mean(dim=(0, 2, 3))
     variance = target.var(dim=(0, 2, 3), unbiased=False)

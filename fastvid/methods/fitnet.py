@@ -1,8 +1,9 @@
-"""FitNet (Romero et al., ICLR 2015): the student's maps, through regressors, imitate hints of the teacher.
+"""FitNet (Romero et al., ICLR 2015): regressors predict maps of the teacher (hints) from maps of the student.
 
-Joint, as RepDistiller trains it: CE + weight·Σ over taps of MSE. Two-stage, as in the paper: the hints alone first, while the
-layers above them are frozen, then everything but the hints (CE, or with kd+fitnet also the softened logits), in one
-learning-rate schedule.
+Joint schedule, as in RepDistiller: CE + weight·Σ over taps of MSE.
+Two-stage schedule, as in the paper: first the hints alone, while the layers above them are frozen; then
+everything but the hints (CE, and with kd+fitnet the softened logits). Both stages share one learning-rate
+schedule.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from fastvid.wresnet import TAPS, Activations, WideResNet
 
 
 class FitNetLoss(nn.Module):
-    """Sum over taps of the mean squared error between a teacher map and a 1x1 convolution, batch norm and ReLU of a student map.
+    """Sum over taps of the mean squared error between a teacher map and its regression from a student map.
 
-    student_channels, teacher_channels: one number per tap, or a number each for a single pair of maps; maps are [B, C, H, W]
-    and agree in B, H and W. Teacher maps are those after a ReLU: the regressor ends in one and cannot reach negative values.
-    factor, impl: as in fastvid.kernels.vid_nll.  Returns a scalar, fp32.  Raises ValueError on shapes that do not fit.
+    A regressor is a 1x1 convolution, batch norm and ReLU. Give teacher maps after a ReLU, because the
+    regressor cannot predict negative values.
+    student_channels, teacher_channels: one number per tap, or one number each for a single pair of maps. Maps
+    are [B, C, H, W], and the two maps of a pair agree in B, H and W.
+    factor, impl: as in fastvid.kernels.mean_squared_error.
+    Returns a scalar, fp32.  Raises ValueError if shapes do not fit.
     """
 
     def __init__(
@@ -58,9 +62,8 @@ class FitNetLoss(nn.Module):
         count = len(self.regressors)
         checks.pairs("FitNetLoss", count=count, student_maps=student_maps, teacher_maps=teacher_maps)
         losses = []
-        for index, (regressor, student_map, target) in enumerate(
-            zip(self.regressors, student_maps, teacher_maps)
-        ):
+        for index, regressor in enumerate(self.regressors):
+            student_map, target = student_maps[index], teacher_maps[index]
             maps = {
                 f"student_maps[{index}]": (student_map, regressor[0].in_channels),
                 f"teacher_maps[{index}]": (target, regressor[0].out_channels),
@@ -71,11 +74,11 @@ class FitNetLoss(nn.Module):
         return losses
 
     def clip_gradients(self) -> None:
-        """Bound the gradients of the regressors: call it between backward() and step(), as clip_to_weights says."""
+        """Call clip_to_weights on the regressors. Use this between backward() and step()."""
         clip_to_weights(self.regressors)
 
     def predictions(self, student_maps: Sequence[Tensor]) -> list[Tensor]:
-        """What the regressors make of the student's maps."""
+        """Predictions of the teacher maps from the student's maps."""
         return [regressor(student_map) for regressor, student_map in zip(self.regressors, student_maps)]
 
 

@@ -11,7 +11,7 @@ from fastvid.wresnet import Activations, WideResNet
 
 
 class KDLoss(nn.Module):
-    """T² · KL(teacher ‖ student) of logits [B, classes] softened by the temperature T, averaged over the batch.
+    """T² · KL(teacher ‖ student) of logits [B, classes] at temperature T, averaged over the batch.
 
     factor, impl: as in fastvid.kernels.softened_kl.
     """
@@ -30,7 +30,7 @@ class KDLoss(nn.Module):
 
 
 class SoftenedLogits(Transfer):
-    """α · KDLoss; the cross entropy keeps 1 - α."""
+    """α · KDLoss; the cross entropy has weight 1 - α."""
 
     title, colour = "KD", "#56B4E9"
 

@@ -1,17 +1,20 @@
-"""Variational information distillation (Ahn et al., CVPR 2019): CE + λ·Σ over taps of -log q(teacher map | student map).
+"""Variational information distillation (VID; Ahn et al., CVPR 2019).
 
-q is a Gaussian. A regressor of the student map gives its mean, and one learned variance per channel its spread, so that
-channels which the student cannot predict weigh less.
+    loss = CE + λ·Σ over taps of -log q(teacher map | student map)
 
-Why it is stable. The last layer of a regressor computes the mean from K hidden units h = ReLU(BN(.)). With h̃ = (h, 1) the
-loss has the curvature λ/(C·v)·E[h̃h̃ᵀ] in the weights of one of the C channels. The batch norm has no scale and no shift, so
-for independent units E[h] = 0.4 and E[h²] = 0.5, and the common direction of all units has the eigenvalue 0.16·K + 1.3. SGD
-with Nesterov momentum m is stable for curvatures below 2(1 + m)/(1 + 2m)/η, which is at least 4/(3η). Hence the floor
+q is a Gaussian per channel. A regressor predicts its mean from the student map. Its variance is one learned
+number per channel, so that channels which the student cannot predict have less weight.
+
+Why training is stable. The last layer of a regressor computes the mean from K hidden units h = ReLU(BN(.)).
+With h̃ = (h, 1), the loss has the curvature λ/(C·v)·E[h̃h̃ᵀ] in the weights of one of the C channels. The batch
+norm has no scale and no shift, so for independent units E[h] = 0.4 and E[h²] = 0.5, and the common direction
+of all units has the eigenvalue 0.16·K + 1.3. SGD with Nesterov momentum m is stable for curvatures below
+2(1 + m)/(1 + 2m)/η, which is at least 4/(3η). Hence the floor
 
     v >= λ·η·(0.12·K + 1)/C        (least_variance)
 
-Each variance is softplus(raw_scale) plus that floor at the current learning rate η: it can fall as far as η has fallen. Units
-that depend on each other have a larger eigenvalue; what then oscillates is bounded by `clip_gradients`.
+Each variance is softplus(raw_scale) plus that floor at the current learning rate η: the floor falls with η.
+Dependent units have a larger eigenvalue; `clip_gradients` bounds the oscillations that this can cause.
 """
 
 from __future__ import annotations
@@ -33,38 +36,38 @@ from fastvid.methods.base import Transfer, as_taps, clip_to_weights, in_layout_o
 from fastvid.wresnet import TAPS, Activations, WideResNet
 
 EPS = 1e-5
-"""Least variance of all, at any learning rate."""
+"""Smallest possible variance, at any learning rate."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything in which versions of VID differ."""
+    """The choices in which versions of VID differ."""
 
     taps: tuple[str, ...]
-    """which maps are matched"""
+    """taps whose maps the regressors predict"""
     activated: bool
-    """the maps after batch norm and ReLU, or the residual sums before"""
+    """True: maps after batch norm and ReLU; False: the residual sums before them"""
     hidden_widths: Callable[[int, int], tuple[int, ...]]
     """widths of the regressor's hidden layers, from the channels of student and teacher"""
     norm_first: bool
-    """batch norm and ReLU before the first convolution"""
+    """whether batch norm and ReLU precede the first convolution"""
     batch_norm: bool
-    """batch norm after each hidden convolution, without scale and shift: they stay at unit scale, and no unit can die"""
+    """whether a batch norm without scale and shift follows each hidden convolution; then no unit can die"""
     bias: bool
-    """bias in the last convolution"""
+    """whether the last convolution has a bias"""
     initial_variance: float
     """first variance of every channel, above its floor"""
     decayed_scale: bool = False
-    """weight decay on the variance parameters too"""
+    """whether weight decay applies to the variance parameters"""
     floor: bool = True
     """whether variances stay above least_variance"""
     learned: bool = True
-    """whether the variances are trained; else they keep their first value above the floor"""
+    """whether the variances are trained; fixed variances keep initial_variance above the floor"""
 
 
 VARIANTS = {
-    # Ours: the paper does not state the exact place of the taps, the first variances, or weight decay on them. Chosen on
-    # held-out training images (bench/results/README.md).
+    # The paper does not state the exact taps, the first variances, or their weight decay. These choices were
+    # made on held-out training images (bench/results/README.md).
     "paper": Variant(
         taps=TAPS,
         activated=False,
@@ -74,7 +77,7 @@ VARIANTS = {
         bias=True,
         initial_variance=0.3,
     ),
-    # hushell/wgan_distil, a repository of one of the authors: its regressor, taps and first variance.
+    # Regressor, taps and first variance of hushell/wgan_distil, a repository of one of the authors.
     "authors": Variant(
         taps=TAPS,
         activated=False,
@@ -84,7 +87,7 @@ VARIANTS = {
         bias=False,
         initial_variance=math.log(2),
     ),
-    # RepDistiller, whose VID is "code from author": its regressor, taps, first variance and decay; it has no floor.
+    # Regressor, taps, first variance and weight decay of RepDistiller, whose VID is "code from author".
     "repdistiller": Variant(
         taps=TAPS[1:],
         activated=False,
@@ -100,22 +103,25 @@ VARIANTS = {
 
 
 def least_variance(factor: float, learning_rate: float, hidden: int, channels: int) -> float:
-    """The floor of the variances of a tap with these numbers of hidden units and teacher channels: see the top of this file."""
+    """Floor of the variances of a tap with `hidden` units and `channels` teacher channels (derived above)."""
     return factor * learning_rate * (0.12 * hidden + 1) / channels
 
 
 class VIDLoss(nn.Module):
-    """Sum over taps of the negative log-likelihood of teacher maps given student maps; holds regressors and variances.
+    """Sum over taps of the negative log-likelihood of teacher maps given student maps.
 
-    student_channels, teacher_channels: one number per tap, or a number each for a single pair of maps; maps are [B, C, H, W]
-    and agree in B, H and W.
+    The module owns the regressors and the variances; train its parameters together with the student.
+    student_channels, teacher_channels: one number per tap, or one number each for a single pair of maps. Maps
+    are [B, C, H, W], and the two maps of a pair agree in B, H and W.
     variant: a key of VARIANTS, or a Variant: the regressor, the first variance and its floor.
-    factor: the weight λ of the loss. Give it here: the floor of the variances depends on it.
-    learning_rate: of the SGD that trains this module together with the student, at its largest.
-    In your loop, call `clip_gradients()` between backward() and step(), and `set_learning_rate(value)` after each change of the
-    learning rate: then it is stable for factors of 0.1 to 100, and the variances may fall as the rate does.
-    impl: as in fastvid.kernels.projected_vid_nll, which says what runs in one kernel.
-    Returns a scalar, fp32.  Raises ValueError on shapes that do not fit.
+    factor: the weight λ of the loss. Give the weight here, because the floor of the variances depends on λ.
+    learning_rate: the largest learning rate of the SGD optimizer that trains this module.
+    impl: as in fastvid.kernels.projected_vid_nll, which describes what runs in one kernel.
+    Returns a scalar, fp32.  Raises ValueError if shapes do not fit.
+
+    In your training loop, call `clip_gradients()` between backward() and step(), and
+    `set_learning_rate(value)` after each change of the learning rate. Training is then stable for factors
+    from 0.1 to 100, and the floor of the variances falls with the learning rate.
     """
 
     def __init__(
@@ -139,11 +145,11 @@ class VIDLoss(nn.Module):
         self.regressors = nn.ModuleList(
             _Regressor(s, t, chosen) for s, t in zip(student_channels, teacher_channels)
         )
-        self._slopes = [  # of the floor over the learning rate
+        self._slopes = [  # floor of the variances per unit of learning rate
             least_variance(factor, 1.0, regressor.last.in_channels, t) if chosen.floor else 0.0
             for regressor, t in zip(self.regressors, teacher_channels)
         ]
-        # a buffer: graphs read it when they are replayed, and it belongs to the schedule, not to the weights
+        # a buffer, because replayed graphs read its current value; not persistent: no part of the weights
         self.register_buffer("learning_rate", torch.tensor(float(learning_rate)), persistent=False)
         raw = math.log(math.expm1(chosen.initial_variance))  # the inverse of softplus
         self.raw_scales = nn.ParameterList(
@@ -170,7 +176,7 @@ class VIDLoss(nn.Module):
         return list(map(self._tap, range(count), student_maps, teacher_maps))
 
     def clip_gradients(self) -> None:
-        """Bound the gradients of the regressors: call it between backward() and step(), as clip_to_weights says."""
+        """Call clip_to_weights on the regressors. Use this between backward() and step()."""
         clip_to_weights(self.regressors)
 
     def _tap(self, index: int, student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ class VIDLoss(nn.Module):
         return [self._variance(index).detach() for index in range(len(self.regressors))]
 
     def predictions(self, student_maps: Sequence[Tensor]) -> list[Tensor]:
-        """The means that the regressors predict from the student's maps."""
+        """Predictions of the teacher maps (the means of the Gaussians) from the student's maps."""
         return [
             regressor.last(regressor.hidden(student_map))
             for regressor, student_map in zip(self.regressors, student_maps)
@@ -203,12 +209,15 @@ class VIDLoss(nn.Module):
 
 
 def inverse_softplus(value: Tensor) -> Tensor:
-    """x with softplus(x) = value > 0, without overflow for large values."""
+    """Return x with softplus(x) = value, for value > 0, without overflow for large values."""
     return value + torch.log(-torch.expm1(-value))
 
 
 class _Regressor(nn.Module):
-    """1x1 convolutions from student to teacher channels. projected_vid_nll applies the last one and never stores the mean."""
+    """1x1 convolutions from student to teacher channels.
+
+    projected_vid_nll applies the last convolution without storing the mean.
+    """
 
     def __init__(self, student_channels: int, teacher_channels: int, variant: Variant):
         super().__init__()
