@@ -68,6 +68,8 @@ def _attention_kernel(
     image = tl.program_id(0).to(tl.int64)
     student_ptr += image * positions * STUDENT_CHANNELS
     teacher_ptr += image * positions * TEACHER_CHANNELS
+    if gradient_ptr is not None:
+        gradient_ptr += image * positions * STUDENT_CHANNELS
     slope = 4.0 / STUDENT_CHANNELS * inverse_count
     if upstream_ptr is not None:
         slope *= tl.load(upstream_ptr)
@@ -78,14 +80,13 @@ def _attention_kernel(
     student_norm, teacher_norm = _norm(tl.sum(student * student)), _norm(tl.sum(teacher * teacher))
     student /= student_norm
     difference = student - teacher / teacher_norm
-    if loss_ptr is not None:
-        tl.store(loss_ptr + image, tl.sum(difference * difference) * inverse_count)
+    distance, along = tl.sum(difference * difference), tl.sum(difference * student)
     if gradient_ptr is not None:
-        along = tl.sum(difference * student)
         along = tl.where(student_norm > 1e-12, along, along * 0.0)  # a norm at its lower bound is a constant
         coefficient = slope * ((difference - student * along) / student_norm)
-        gradient_ptr += image * positions * STUDENT_CHANNELS
         tl.store(gradient_ptr + offs, coefficient[:, None] * values, mask=mask)
+    if loss_ptr is not None:  # last: stored before the gradient, the loss made the compiler spill registers
+        tl.store(loss_ptr + image, distance * inverse_count)
 
 
 @jit

@@ -22,8 +22,7 @@ _WIDEST = 128  # channels of a tile: a row of 256 bytes in bf16 is two full cach
 # Four programs on each of the 132 multiprocessors of an H100 read the map in one round and leave few partial
 # sums. It is a constant because the bits of a sum depend on how the sum is cut.
 _PROGRAMS = 512
-# A finishing program waits for memory: 16 warps with 16 values a thread in flight need 1 to 4 rounds.
-_FINISH_TILE = 8192
+_FINISH_TILE = 8192  # 16 warps with 16 values a thread in flight: the loads of 1 to 4 rounds
 _BLOCK_WEIGHTS = 64  # weights of a finishing program: 256-byte rows, all read in one round
 
 

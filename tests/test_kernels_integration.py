@@ -370,16 +370,6 @@ def test_references_have_the_first_and_second_derivatives_of_finite_differences(
 # --- memory, and parameters that are views
 
 
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-@every_loss
-def test_without_gradients_a_loss_is_the_same_number_and_has_no_graph(name, off):
-    inputs = INPUTS[name](2)
-    expected = loss_of(name)(*inputs).item()
-    with off():
-        loss = loss_of(name)(*inputs)
-    assert loss.grad_fn is None and loss.item() == pytest.approx(expected, rel=1e-6)  # a few fp32 roundings
-
-
 @pytest.mark.parametrize("backward", [False, True], ids=["never-used", "after-backward"])
 @every_loss
 def test_maps_and_gradients_are_freed_without_the_garbage_collector(name, backward):

@@ -565,10 +565,11 @@ def test_a_gradient_matches_float64_when_it_is_the_only_one(op, dtype):
         check(op, inputs, wanted=[name], upstream="stride-0")
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 @each_op
-def test_without_gradients_the_loss_is_the_same_and_needs_none(op):
+def test_without_gradients_the_loss_has_the_same_bits_and_no_graph(op, off):
     inputs = small(op)
-    with torch.no_grad():
+    with off():
         loss = getattr(kernels, op)(**inputs, impl="triton")
         assert torch.equal(loss, getattr(kernels, op)(**learning(inputs), impl="triton"))
     assert not loss.requires_grad and torch.equal(loss, evaluate(op, inputs)["loss"])
