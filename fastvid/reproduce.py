@@ -45,7 +45,8 @@ def reproduce(grid: Grid, config: TrainConfig) -> list[RunResult] | None:
         with folder.claim(group) as free:
             if free:
                 train_group(group, folder)
-    found = results.read(folder.path)[0]
+    # A student that diverged and was trained again with other settings has two lines: the last one counts.
+    found = list({run.key(): run for run in results.read(folder.path)[0]}.values())
     wanted = {(method, group.per_class, group.seed) for group in groups for method in students}
     missing = wanted - {(run.method, run.per_class, run.seed) for run in found}
     if missing:

@@ -1,4 +1,4 @@
-"""The shape of the project: who imports whom, what is public, what is installed, and that README.md tells the truth."""
+"""The shape of the project: imports, public names, what is installed, and that README.md tells the truth."""
 
 import ast
 import importlib
