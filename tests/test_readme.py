@@ -49,7 +49,7 @@ def test_committed_results_name_no_local_path_and_were_made_by_a_commit(folder):
 def test_how_fast_the_loaders_are_is_what_the_committed_rows_say():
     rows = [json.loads(line) for line in (MEASURED / "loader-cpu.jsonl").read_text().splitlines()]
     ratio = {row["impl"]: round(row["of_torchvision"]) for row in rows if row["op"] == "loader"}
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "fastvid" / "README.md").read_text().split())
     ratios = f"DALI gave {ratio['dali']} times and PyTorch {ratio['torch']} times"
     assert f"{ratios} the images/s of a torchvision DataLoader" in text
     assert not any(row["quick"] for row in rows) and {row["threads"] for row in rows} == {2}
