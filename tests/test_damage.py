@@ -196,7 +196,7 @@ SLOTS = {  # file that a user may get from others: (path, options of train, whet
         ("--method", "kd", "--teacher", "teacher.safetensors"),
         False,
     ),
-    "resume": ("out/student-7-seed0.resume", (), False),
+    "resume": ("out/7-seed0.resume", (), False),
     "results": ("out/results.jsonl", (), True),
     "data": ("data/cifar-100-python/train", ("--dataset", "cifar100"), False),
     "class names": ("data/cifar-100-python/meta", ("--dataset", "cifar100"), False),
