@@ -191,9 +191,9 @@ def _metadata(content: bytes) -> dict:
     entries = header.get("__metadata__", {})
     metadata = json.loads(entries.get(METADATA_KEY, "{}"))
     if not isinstance(metadata, dict):
-        raise ValueError(f"its metadata {METADATA_KEY!r} is no JSON object")
+        raise ValueError(f"its metadata {METADATA_KEY!r} is not a JSON object")
     if not metadata and "tensors_sha256" in str(entries):
-        raise ValueError(f"our checksums are there, but not under {METADATA_KEY!r}")
+        raise ValueError(f"the file has checksums of fastvid, but not under {METADATA_KEY!r}")
     return metadata
 
 

@@ -1,4 +1,4 @@
-"""Signals: the first one lets the training finish its step and save, the second one ends the process at once.
+"""Signals: after the first signal, training finishes its step and saves; a second signal ends the process.
 
 SIGTERM and SIGHUP are treated like SIGINT. Outside of training a signal raises KeyboardInterrupt immediately.
 This loses nothing: results, weights and resume states are written atomically.

@@ -374,7 +374,9 @@ def test_a_damaged_name_of_our_metadata_does_not_turn_a_file_into_a_foreign_one(
     content = path.read_bytes()
     assert content.count(b'"fastvid"') == 1
     path.write_bytes(content.replace(b'"fastvid"', b'"gastvid"'))
-    with pytest.raises(InputError, match="our checksums are there, but not under 'fastvid'.*: copy it again"):
+    with pytest.raises(
+        InputError, match="the file has checksums of fastvid, but not under 'fastvid'.*: copy it again"
+    ):
         load_weights(path)
 
 
