@@ -38,7 +38,7 @@ def rows(tmp_path_factory):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-# Bytes, with Triton 3.8: the loss alone of images beyond 32,768 elements, which no Wide ResNet of the table has.
+# Bytes, with Triton 3.8: the loss alone of images beyond 32,768 elements; no network of the table has them.
 KNOWN_SPILLS = {("attention_transfer wide fp16", "sm_100"): 4}
 
 
