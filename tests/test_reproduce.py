@@ -82,6 +82,7 @@ def test_the_grid_trains_the_teacher_first_then_every_cell_and_ends_with_the_tab
     assert capsys.readouterr().out == printed.out
 
 
+@pytest.mark.slow
 def test_an_interrupted_grid_resumes_where_it_stopped_and_ends_with_the_same_results(
     tmp_path, steps, teacher, capsys
 ):
@@ -105,6 +106,7 @@ def test_an_interrupted_grid_resumes_where_it_stopped_and_ends_with_the_same_res
     assert whole == broken
 
 
+@pytest.mark.slow
 def test_a_given_teacher_is_used_and_its_accuracy_recorded(tmp_path, steps, teacher):
     assert reproduce(tmp_path / "out", teacher=teacher) == 0
     student, vid = results.read(tmp_path / "out")[0]
@@ -113,6 +115,7 @@ def test_a_given_teacher_is_used_and_its_accuracy_recorded(tmp_path, steps, teac
     assert f"{vid.teacher_accuracy:.2f}" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.survival("numbers")
 def test_a_student_that_diverges_costs_its_cells_only_and_the_grid_ends_with_status_1(
     tmp_path, steps, teacher, capsys
@@ -210,6 +213,7 @@ def test_a_grid_whose_file_lost_the_result_of_its_teacher_goes_on_with_the_teach
     assert "whose result is not there, so no other teacher is trained there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_teacher_and_subsets_whose_protocol_has_other_lengths_share_a_folder(tmp_path, monkeypatch):
     lengths = config.Protocol(teacher_epochs=3, full_epochs=1, reduced_epochs=2, batch_size=70, evaluations=1)
     monkeypatch.setitem(config.PROTOCOLS, "quick", lengths)

@@ -134,9 +134,9 @@ def test_neither_the_method_nor_the_loader_changes_a_batch(tiny):
 @pytest.mark.parametrize(
     "after",
     [
-        pytest.param(1, id="first-step"),
+        pytest.param(1, id="first-step", marks=pytest.mark.slow),
         pytest.param(STEPS, id="last-step-of-an-epoch"),
-        pytest.param(STEPS + 2, id="within-an-epoch"),
+        pytest.param(STEPS + 2, id="within-an-epoch", marks=pytest.mark.slow),
         pytest.param(4 * STEPS, id="very-last-step"),
     ],
 )
