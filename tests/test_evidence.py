@@ -15,6 +15,8 @@ from fastvid import checkpoint, results
 from fastvid.environment import environment
 from fastvid.results import Evaluation
 
+pytestmark = pytest.mark.slow
+
 MEASURED = Path(__file__).resolve().parents[1] / "bench" / "results"
 KIND = ("device", "platform", "fastvid", "python", "torch", "numpy")
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 import fastvid
 from fastvid import kernels
 
+pytestmark = pytest.mark.slow
+
 FACTOR = 2.0
 UPSTREAM = 3.0  # the caller multiplies the loss by this; not a power of two, so that it causes rounding
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -23,6 +23,7 @@ from faults import FAULTS
 from torch import Tensor
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         interpreter.DEVICE != "cpu",
         reason="a fault may write beyond a tensor, which on a GPU would end the process",

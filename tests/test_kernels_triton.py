@@ -25,9 +25,10 @@ from fastvid import kernels
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 CL = torch.channels_last
 OPS = ("vid_nll", "mean_squared_error", "projected_vid_nll", "attention_transfer", "softened_kl")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # of NumPy, about the infinities and NaNs that are meant
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy warns about NaN and inf, which are meant
+]
 CONVOLVED = (
     "projected_vid_nll",
     "softened_kl",

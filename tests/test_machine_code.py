@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "machine_code.py"
 # KB of shared memory that one program may have (CUDA programming guide)
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}
