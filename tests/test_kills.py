@@ -37,7 +37,7 @@ SETTINGS = {
 EVENTS = {"time": (), "file": ("open", "os.rename", "os.remove"), "write": ("os.rename",)}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["fastvid.train", "fastvid.cli", "torch._dynamo", "nvidia.dali", "sklearn.datasets"]
+    ["fastvid.train", "fastvid.cli", "torch._dynamo", "nvidia.dali", "sklearn.datasets", "test_kills"]
 )
 
 
