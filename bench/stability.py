@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections import defaultdict
@@ -37,7 +38,6 @@ SETTINGS = {
     "digits": {"epochs": 5, "batch_size": 32},
     "cifar10": {"epochs": 20, "batch_size": 128, "per_class": 100},
 }
-KEY = ("dataset", "variant", "weight", "seed", "precision", "batch_size", "threads")
 
 
 class FixedFloor(vid.VariationalInformation):
@@ -45,15 +45,14 @@ class FixedFloor(vid.VariationalInformation):
 
     def __init__(self, options: VIDOptions, student, teacher):
         former = dataclasses.replace(
-            vid.VARIANTS["paper"],
-            taps=TAPS,
-            activated=True,
-            hidden_widths=lambda s, t: (2 * t, 2 * t),
-            initial_variance=0.2,
+            vid.VARIANTS["paper"], taps=TAPS, activated=True, hidden_widths=lambda s, t: (2 * t, 2 * t)
         )
         super().__init__(options, student, teacher, former)
         self.loss._slopes = [1 / channels for channels in teacher.tap_channels]
         self.loss.learning_rate.fill_(1.0)
+        self.loss.clip_gradients = lambda: None  # the former variant was not clipped
+        for raw_scale, floor in zip(self.loss.raw_scales, self.loss._slopes):
+            torch.nn.init.constant_(raw_scale, math.log(math.expm1(0.3 - floor)))
         for module in self.loss.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.affine = True

@@ -53,9 +53,6 @@ class KDOptions:
     """temperature of both softmaxes"""
 
 
-HINT_TAPS = ("stem", "group1", "group2", "group3")
-
-
 @dataclass(frozen=True)
 class FitNetOptions:
     """Hints (Romero et al., ICLR 2015)."""

@@ -41,8 +41,7 @@ def clip_to_weights(module: nn.Module, ratio: float = CLIP_RATIO) -> None:
     """Clip the gradient norm of each parameter of `module` to `ratio` times the norm of that parameter.
 
     This is adaptive gradient clipping per tensor (Brock et al. 2021). With a learning rate η and momentum m,
-    no step changes a parameter by more than ratio·η/(1 - m) of its norm, however large the loss is. Ordinary
-    steps are far below the limit.
+    a step changes a parameter by about ratio·η/(1 - m) of its norm at most, however large the loss is.
     Call this function between backward() and the optimizer's step, and in fp16 after
     `scaler.unscale_(optimizer)`. Does not synchronise.
     """

@@ -120,8 +120,8 @@ class VIDLoss(nn.Module):
     Returns a scalar, fp32.  Raises ValueError if shapes do not fit.
 
     In your training loop, call `clip_gradients()` between backward() and step(), and
-    `set_learning_rate(value)` after each change of the learning rate. Training is then stable for factors
-    from 0.1 to 100, and the floor of the variances falls with the learning rate.
+    `set_learning_rate(value)` after each change of the learning rate. The floor of the variances
+    then falls with the learning rate. bench/results/README.md says for which factors this was tried.
     """
 
     def __init__(
